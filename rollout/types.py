@@ -1,0 +1,100 @@
+"""The records that cross the bridge: what is asked, what is sampled, what comes back.
+
+Plain dataclasses without behaviour, so that the learner and the rollout service can share them without sharing anything
+else. Token ids are the truth: text in these records is for people to read and is never encoded again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+# How an episode ended. The last three say nothing about the answer: `overflow` is scored 0, `infrastructure` is retried
+# and never trained on, `prompt_too_long` is dropped.
+OUTCOMES = ("correct", "wrong", "malformed", "sql_error", "timeout", "overflow", "infrastructure", "prompt_too_long")
+
+
+class Message(TypedDict):
+    """One chat message, as chat templates take it."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """One question. `fields` is what the environment reads (text2sql: db_id, question, gold_sql, evidence, prompt)."""
+
+    id: str
+    source: str
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn. `temperature` 0 is greedy; `max_tokens` bounds one turn."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ("</sql>", "</solution>")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One turn of sampled tokens.
+
+    `logprobs` are natural logs under the temperature-scaled distribution, before top-p cuts it; one per output id.
+    `finish_reason` is "stop" (stop string or end of sequence), "length" or "abort".
+    `spans` are (weight version, start, end) over `output_ids`.
+    """
+
+    output_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    spans: list[tuple[int, int, int]]
+
+
+@dataclass
+class Turn:
+    """One action of the model and what came back, for people and metrics."""
+
+    action: str
+    sql: str = ""
+    status: str = ""  # ok | denied | error | timeout | invalid (no SQL found) | solution
+    observation: str = ""
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Trajectory:
+    """One finished episode, ready to be trained on.
+
+    `response_ids`, `loss_mask` and `logprobs` have one length R: everything after the prompt. The mask is 1 on sampled
+    tokens only; `logprobs` is 0.0 where the mask is 0. `spans` are (weight version, start, end) over the response.
+    """
+
+    task_id: str
+    source: str
+    sample: int
+    prompt_ids: list[int]
+    response_ids: list[int]
+    loss_mask: list[int]
+    logprobs: list[float]
+    spans: list[tuple[int, int, int]]
+    reward: float
+    outcome: str
+    stop_reason: str  # solution | max_turns | length | overflow | error
+    turns: list[Turn] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A weight tensor as both ends must agree on it: Hugging Face name, shape, dtype name ("float32", "bfloat16")."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str

@@ -1,0 +1,429 @@
+"""Every setting of a run, typed, with its meaning beside it.
+
+A run is described by one YAML file that states only what differs from the defaults here, plus `key=value` pairs from the
+command line. Keys are those of the SkyRL text-to-SQL example wherever the meaning is the same. This file imports neither
+jax nor torch, because both the learner and the rollout service read it. Checks that need other files (does the model
+exist, does the database folder) belong to whoever opens those files.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A setting is unknown or out of range; the message names key, value and what is allowed."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class MeshConfig(Section):
+    """Devices by axis; the product must equal the number of devices. -1 on one axis takes what is left."""
+
+    data: int = Field(1, ge=-1)
+    """Copies of the model, each fed another part of the batch."""
+    fsdp: int = Field(-1, ge=-1)
+    """Shards of parameters and optimizer state; each is fed another part of the batch too."""
+    sequence: int = Field(1, ge=-1)
+    """Shards of each packed row along its length."""
+    tensor: int = Field(1, ge=-1)
+    """Shards of heads, MLP width and vocabulary inside each layer."""
+
+    @model_validator(mode="after")
+    def _one_free_axis(self) -> MeshConfig:
+        sizes = [self.data, self.fsdp, self.sequence, self.tensor]
+        if 0 in sizes or sizes.count(-1) > 1:
+            raise ValueError("sizes are at least 1, and -1 (take what is left) on at most one axis")
+        return self
+
+
+class AlgorithmConfig(Section):
+    advantage_estimator: Literal["grpo"] = "grpo"
+    """grpo: (R - mean) / (std + 1e-6) inside each group of samples of one prompt (arXiv:2402.03300)."""
+    grpo_norm_by_std: bool = True
+    """Divide by the group's standard deviation; false gives Dr. GRPO (arXiv:2503.20783)."""
+    policy_loss_type: Literal["ppo", "dual_clip"] = "ppo"
+    """ppo: clipped ratio (arXiv:1707.06347). dual_clip: also bounds the loss of negative advantages (arXiv:1912.09729)."""
+    eps_clip_low: float = Field(0.2, gt=0, lt=1)
+    """The ratio is clipped below at 1 - this."""
+    eps_clip_high: float = Field(0.2, gt=0, lt=10)
+    """The ratio is clipped above at 1 + this."""
+    clip_ratio_c: float = Field(3.0, gt=1)
+    """Bound of dual_clip: the loss of a negative advantage A is at most -c A."""
+    loss_reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
+    """token_mean: over all trained tokens of the global minibatch; sequence_mean: mean over episodes of each one's mean."""
+    zero_variance_filter: bool = True
+    """Leave groups whose rewards are all equal out of the update (their advantage is zero)."""
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon (orthogonalised momentum on matrices, AdamW on the rest) which suits training from nothing."""
+    lr: float = Field(1e-6, gt=0, le=1)
+    """Learning rate."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    weight_decay: float = Field(0.01, ge=0, le=1)
+    """Decoupled weight decay, on matrices only."""
+    max_grad_norm: float = Field(0.5, gt=0)
+    """Gradients are scaled down to this global norm."""
+    num_warmup_steps: int = Field(0, ge=0)
+    """Optimizer steps over which the learning rate rises from 0."""
+    scheduler: Literal["constant", "cosine"] = "constant"
+    """What follows the warm-up. cosine falls to zero over the run."""
+
+
+class ModelPathConfig(Section):
+    path: str = "models/quickstart"
+    """A Hugging Face checkpoint folder (config.json, safetensors, tokenizer)."""
+
+
+class PolicyConfig(Section):
+    model: ModelPathConfig = ModelPathConfig()
+    optimizer_config: OptimizerConfig = OptimizerConfig()
+    row_tokens: int = Field(1024, ge=16, le=1_048_576)
+    """Length of a packed row; episodes share rows. Longer episodes are refused, so at least prompt plus response."""
+    rows_per_micro_batch: int = Field(8, ge=1)
+    """Packed rows in one forward and backward pass; gradients are summed over the passes of a minibatch."""
+    logprob_chunk: int = Field(1024, ge=16)
+    """Trained tokens whose logits exist at one time."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the master weights."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and matrix products; statistics stay float32."""
+    scan_layers: bool = True
+    """Compile one layer and loop over it; false unrolls all layers (faster for tiny models)."""
+    remat: Literal["none", "full"] = "full"
+    """full recomputes each layer's activations in the backward pass."""
+
+
+class TrainerConfig(Section):
+    run_dir: str = "runs/default"
+    """Folder of the run: configuration, metrics, trajectories, checkpoints, export, report."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of data order, sampling and initialisation."""
+    epochs: int = Field(1, ge=1)
+    """Passes over the training questions."""
+    max_steps: int = Field(0, ge=0)
+    """Stop after this many steps; 0 means when the epochs are done."""
+    train_batch_size: int = Field(256, ge=1)
+    """Questions in a training step. An epoch's last partial batch is dropped."""
+    policy_mini_batch_size: int = Field(256, ge=1)
+    """Questions in one optimizer step; must divide train_batch_size."""
+    update_epochs_per_batch: int = Field(1, ge=1)
+    """Passes over each batch of episodes."""
+    max_prompt_length: int = Field(6000, ge=1)
+    """Questions whose prompt has more tokens are dropped and counted."""
+    eval_before_train: bool = True
+    """Evaluate before the first step."""
+    eval_interval: int = Field(5, ge=0)
+    """Evaluate every so many steps, and at the end; 0 only at the end."""
+    ckpt_interval: int = Field(10, ge=0)
+    """Save a checkpoint every so many steps, and at the end; 0 only at the end."""
+    max_ckpts_to_keep: int = Field(3, ge=1)
+    """Older checkpoints are deleted."""
+    resume_mode: Literal["none", "latest"] = "none"
+    """latest continues the run in run_dir; none refuses a run_dir that already holds one."""
+    compile_cache: str = "~/.cache/sqlrl_jax/xla"
+    """Folder of compiled programs kept between runs; empty keeps none."""
+    mesh: MeshConfig = MeshConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    policy: PolicyConfig = PolicyConfig()
+
+    @model_validator(mode="after")
+    def _minibatches_fit(self) -> TrainerConfig:
+        if self.train_batch_size % self.policy_mini_batch_size:
+            raise ValueError(
+                f"policy_mini_batch_size {self.policy_mini_batch_size} must divide train_batch_size {self.train_batch_size}"
+            )
+        return self
+
+
+class SamplingConfig(Section):
+    temperature: float = Field(1.0, ge=0, le=10)
+    """0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Draw from the smallest set of tokens that holds this much probability."""
+    max_generate_length: int = Field(3000, ge=1)
+    """New tokens in one turn."""
+    stop: tuple[str, ...] = ("</sql>", "</solution>")
+    """A turn ends after any of these; it stays in the output."""
+
+
+class EvalSamplingConfig(Section):
+    """What is not given is taken from sampling_params."""
+
+    temperature: float | None = Field(None, ge=0, le=10)
+    """0 is greedy."""
+    top_p: float | None = Field(None, gt=0, le=1)
+    """As in sampling_params."""
+    max_generate_length: int | None = Field(None, ge=1)
+    """As in sampling_params."""
+    stop: tuple[str, ...] | None = None
+    """As in sampling_params."""
+
+
+class InferenceEngineConfig(Section):
+    max_sequences: int = Field(256, ge=1, le=65536)
+    """Episodes held in the KV cache at one time; more wait their turn."""
+    decode_chunk: int = Field(16, ge=1, le=1024)
+    """Tokens decoded in one compiled call, between looks at stop strings."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the engine's weights and cache."""
+
+
+class GeneratorConfig(Section):
+    backend: Literal["embedded"] = "embedded"
+    """embedded: JAX decoding inside the rollout service, on CPU or any device JAX sees."""
+    services: tuple[str, ...] = ()
+    """host:port of rollout services that are already running; empty starts one on this machine."""
+    n_samples_per_prompt: int = Field(5, ge=1)
+    """Episodes for each training question: the group of GRPO."""
+    eval_n_samples_per_prompt: int = Field(1, ge=1)
+    """Episodes for each evaluation question; above 1 pass@k is shown too."""
+    max_turns: int = Field(5, ge=1, le=100)
+    """Actions of the model in one episode."""
+    max_input_length: int = Field(29000, ge=16)
+    """An episode whose context would grow past this many tokens ends (overflow)."""
+    use_conversation_multi_turn: bool = False
+    """true: each observation is a chat message of its own; false: one growing assistant message."""
+    append_eos_token_after_stop_str_in_multi_turn: bool = True
+    """In conversation style, close a turn that ended on a stop string with the end-of-turn token (mask 0)."""
+    sampling_params: SamplingConfig = SamplingConfig()
+    eval_sampling_params: EvalSamplingConfig = EvalSamplingConfig()
+    inference_engine: InferenceEngineConfig = InferenceEngineConfig()
+
+    def eval_sampling(self) -> SamplingConfig:
+        """Sampling for evaluation: eval_sampling_params over sampling_params."""
+        given = {k: v for k, v in self.eval_sampling_params.model_dump().items() if v is not None}
+        return self.sampling_params.model_copy(update=given)
+
+
+class BridgeConfig(Section):
+    listen: str = "127.0.0.1:0"
+    """Where `launch.py serve` listens; port 0 takes a free one. Only loopback addresses are accepted."""
+    start_timeout: float = Field(180.0, gt=0)
+    """Seconds a rollout service may take to start."""
+    push_timeout: float = Field(300.0, gt=0)
+    """Seconds one transfer of weights may take."""
+    stall_timeout: float = Field(300.0, gt=0)
+    """Seconds without a finished episode after which a service counts as dead."""
+    max_restarts: int = Field(3, ge=0)
+    """Times a rollout service that this run started is started again in a row without progress."""
+
+
+class Text2SQLConfig(Section):
+    database_root: str = "data/demo/databases"
+    """Folder with <db_id>/<db_id>.sqlite."""
+    prompt_style: Literal["full", "short"] = "full"
+    """full: instructions for pretrained models; short: schema and question alone, for models that learn the format."""
+    timeout: float = Field(5.0, gt=0, le=600)
+    """Seconds a query may take: the backup to max_vm_steps."""
+    max_vm_steps: int = Field(50_000_000, ge=1000)
+    """SQLite virtual-machine steps a query may take: the same verdict on a busy machine."""
+    max_rows: int = Field(50, ge=1)
+    """Rows of a result that the model sees."""
+    max_observation_chars: int = Field(9000, ge=100)
+    """Characters of an observation."""
+    workers: int = Field(2, ge=1, le=256)
+    """Processes that run queries."""
+    malformed_reward: float = Field(0.0, ge=-1, le=0)
+    """Reward of an episode without a well-formed answer; the reference's reward scheme uses -1."""
+
+
+class EnvironmentConfig(Section):
+    env_class: str = "text2sql"
+    """text2sql, or package.module:Class of an environment of your own."""
+    text2sql: Text2SQLConfig = Text2SQLConfig()
+
+
+class DemoConfig(Section):
+    directory: str = "data/demo"
+    """Where the generated databases and questions go: train.jsonl, heldout.jsonl, databases/."""
+    train_databases: int = Field(0, ge=0)
+    """Databases to generate for training; 0 generates none and uses data.train_data as it is."""
+    heldout_databases: int = Field(40, ge=1)
+    """Databases for evaluation; none of them is trained on."""
+    questions_per_database: int = Field(8, ge=1)
+    """Questions asked of each database."""
+    seed: int = Field(0, ge=0)
+    """Another seed gives other databases, values and questions."""
+
+
+class DataConfig(Section):
+    train_data: tuple[str, ...] = ("data/demo/train.jsonl",)
+    """Files of training questions (JSON lines: id, db_id, question, gold_sql, evidence)."""
+    val_data: tuple[str, ...] = ("data/demo/heldout.jsonl",)
+    """Files of evaluation questions."""
+    max_val_questions: int = Field(0, ge=0)
+    """Evaluate on a seeded sample of this many; 0 on all."""
+    demo: DemoConfig = DemoConfig()
+
+
+class Config(Section):
+    trainer: TrainerConfig = TrainerConfig()
+    generator: GeneratorConfig = GeneratorConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
+    bridge: BridgeConfig = BridgeConfig()
+    data: DataConfig = DataConfig()
+
+
+class Setting(typing.NamedTuple):
+    """One leaf of the configuration, for `launch.py config`."""
+
+    key: str
+    value: Any
+    default: Any
+    meaning: str
+    allowed: str
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def _allowed(annotation: Any, metadata: list[Any]) -> str:
+    origin = typing.get_origin(annotation)
+    if origin is Literal:
+        return " | ".join(str(v) for v in typing.get_args(annotation))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("not given" if a is type(None) else _allowed(a, []) for a in typing.get_args(annotation)) + (
+            ", " + _bounds(metadata) if _bounds(metadata) else ""
+        )
+    name = "list of " + typing.get_args(annotation)[0].__name__ if origin is tuple else annotation.__name__
+    return f"{name} {_bounds(metadata)}".strip()
+
+
+def _bounds(metadata: list[Any]) -> str:
+    signs = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
+    return ", ".join(f"{sign} {getattr(m, a)}" for m in metadata for a, sign in signs if getattr(m, a, None) is not None)
+
+
+def settings(config: Config) -> list[Setting]:
+    """Every setting in file order: dotted key, value, default, meaning, allowed values."""
+    out: list[Setting] = []
+
+    def walk(section: Section, defaults: Section, prefix: str) -> None:
+        for name, info in type(section).model_fields.items():
+            value, default, key = getattr(section, name), getattr(defaults, name), prefix + name
+            if isinstance(value, Section):
+                walk(value, default, key + ".")
+            else:
+                out.append(Setting(key, value, default, info.description or "", _allowed(info.annotation, info.metadata)))
+
+    walk(config, Config(), "")
+    return out
+
+
+def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Reads a YAML file, applies `key=value` overrides, checks everything.
+
+    Raises ConfigError naming the file or key, the value and what is allowed.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        tree = _read_yaml(Path(path))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"'{override}': expected key=value, for example trainer.epochs=2")
+        _put(tree, key.strip(), _parse_value(key, text))
+    _refuse_unknown(tree, Config, "")
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
+
+
+def save(config: Config, path: Path) -> None:
+    """Writes the resolved configuration as YAML that `load` reads back to an equal one."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"configuration {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration {path} is not valid YAML: {error}") from None
+    if tree is not None and not isinstance(tree, dict):
+        raise ConfigError(f"configuration {path}: expected sections such as 'trainer:', found {type(tree).__name__}")
+    return tree or {}
+
+
+def _parse_value(key: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{key}={text}: the value is not valid YAML; quote it") from None
+    if isinstance(value, str):  # YAML 1.1 reads 1e-6 as text because it has no dot
+        try:
+            return float(value) if any(c.isdigit() for c in value) else value
+        except ValueError:
+            return value
+    return "" if value is None and not text else value
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    for name in parents:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{key}: '{name}' is not a section")
+    tree[leaf] = value
+
+
+def _all_keys(section: type[Section], prefix: str = "") -> list[str]:
+    keys = []
+    for name, info in section.model_fields.items():
+        keys.append(prefix + name)
+        sub = _section_of(info.annotation)
+        if sub is not None:
+            keys += _all_keys(sub, prefix + name + ".")
+    return keys
+
+
+def _refuse_unknown(tree: dict[str, Any], section: type[Section], prefix: str) -> None:
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if name not in section.model_fields:
+            raise ConfigError(f"unknown setting '{key}'{_nearest(key)}. All settings: python launch.py config")
+        sub = _section_of(section.model_fields[name].annotation)
+        if sub is not None:
+            if not isinstance(value, dict):
+                raise ConfigError(f"'{key}' is a section of settings, not the value {value!r}")
+            _refuse_unknown(value, sub, key + ".")
+
+
+def _nearest(key: str) -> str:
+    keys = _all_keys(Config)
+    leaf = key.rsplit(".", 1)[-1]
+    same_leaf = [k for k in keys if k.rsplit(".", 1)[-1] == leaf]  # right name, wrong section
+    near = same_leaf or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    if not near:
+        leaves = {k.rsplit(".", 1)[-1]: k for k in keys}
+        near = [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)]
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _explain(error: Any) -> str:
+    path = [str(p) for p in error["loc"] if not isinstance(p, int)]
+    key, value = ".".join(path), error["input"]
+    info: Any = None
+    section: type[Section] | None = Config
+    for name in path:
+        info = section.model_fields.get(name) if section is not None else None
+        section = _section_of(info.annotation) if info is not None else None
+    if info is None or section is not None:  # a rule between several settings
+        return f"{key}: {error['msg'].removeprefix('Value error, ')}"
+    return f"{key} = {value!r}: allowed is {_allowed(info.annotation, info.metadata)}"

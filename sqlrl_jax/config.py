@@ -17,8 +17,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from rollout.errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError):
     """A setting is unknown or out of range; the message names key, value and what is allowed."""
 
 

@@ -1,0 +1,172 @@
+#!/usr/bin/env python3
+"""The command line. Each verb is a module's function, imported only when it runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable
+
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+EXAMPLES = """\
+examples:
+  python launch.py --config configs/quickstart.yaml
+  python launch.py --config configs/quickstart.yaml trainer.resume_mode=latest
+  python launch.py eval --config configs/quickstart.yaml --model runs/quickstart/export
+  python launch.py report runs/quickstart
+  python launch.py config --config configs/quickstart.yaml
+`python launch.py VERB --help` lists what a verb takes. Settings are given as key=value."""
+
+
+def _train(args: argparse.Namespace) -> int:
+    from sqlrl_jax.trainer import train
+
+    return train(_config(args))
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from rollout.server import main
+
+    return main(_config(args), args.port_file)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from sqlrl_jax.evaluate import main
+
+    turns = [int(t) for t in args.turns.split(",")] if args.turns else None
+    return main(_config(args), args.model, args.questions, args.databases, args.samples, turns, args.out)
+
+
+def _sft(args: argparse.Namespace) -> int:
+    from sqlrl_jax.sft import main
+
+    return main(_config(args))
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from sqlrl_jax.data.demo import ensure
+
+    print(ensure(_config(args).data.demo))
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from sqlrl_jax.export import import_model
+
+    print(import_model(args.model, args.out))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from sqlrl_jax.export import export_checkpoint
+
+    print(export_checkpoint(args.checkpoint, args.out))
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from sqlrl_jax.report import write_report
+
+    print(write_report(Path(args.run_dir)))
+    return 0
+
+
+def _show_config(args: argparse.Namespace) -> int:
+    from sqlrl_jax.config import settings
+
+    for setting in settings(_config(args)):
+        changed = "" if setting.value == setting.default else f"  (default {setting.default!r})"
+        print(f"{setting.key} = {setting.value!r}{changed}\n    {setting.meaning} [{setting.allowed}]")
+    return 0
+
+
+def _config(args: argparse.Namespace):  # type: ignore[no-untyped-def]  # its type would import pydantic
+    from sqlrl_jax.config import load
+
+    return load(args.config, args.settings)
+
+
+VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int]]] = {
+    "train": ("train by reinforcement learning (the default verb)", _train),
+    "serve": ("run a rollout service alone", _serve),
+    "eval": ("measure accuracy on questions; prints one JSON line last", _eval),
+    "sft": ("train a small model from nothing on demonstrations (the cold start)", _sft),
+    "demo": ("generate the demo databases and questions", _demo),
+    "import": ("check a Hugging Face checkpoint and rewrite it in our layout", _import),
+    "export": ("write a checkpoint as safetensors, config.json and tokenizer", _export),
+    "report": ("write a run's report.html", _report),
+    "config": ("print every setting with its value, default and meaning", _show_config),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    description = "Train language models to answer questions with SQL, by multi-turn reinforcement learning."
+    parser = argparse.ArgumentParser("launch.py", description=description, epilog=EXAMPLES, formatter_class=form)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    parsers = {name: verbs.add_parser(name, help=text, description=text) for name, (text, _) in VERBS.items()}
+    for name in ("train", "serve", "eval", "sft", "demo", "config"):
+        parsers[name].add_argument("--config", required=name != "config", help="YAML file of settings")
+        parsers[name].add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file")
+    parsers["serve"].add_argument("--port-file", help="file to write host:port to once the service is ready")
+    evaluate = parsers["eval"]
+    evaluate.add_argument("--model", help="model folder to evaluate (default: trainer.policy.model.path)")
+    evaluate.add_argument("--questions", help="JSON lines file of questions (default: data.val_data)")
+    evaluate.add_argument("--databases", help="folder of <db_id>/<db_id>.sqlite (default: the configured one)")
+    evaluate.add_argument("--samples", type=int, help="samples for each question; above 1 gives pass@k")
+    evaluate.add_argument("--turns", help="turn limits to compare, for example 1,5 (default: generator.max_turns)")
+    evaluate.add_argument("--out", help="file for every episode, one JSON line each")
+    parsers["import"].add_argument("--model", required=True, help="Hugging Face checkpoint folder")
+    parsers["import"].add_argument("--out", required=True, help="folder to write; must not exist")
+    parsers["export"].add_argument("--checkpoint", required=True, help="run folder or one of its checkpoints")
+    parsers["export"].add_argument("--out", required=True, help="folder to write; must not exist")
+    parsers["report"].add_argument("run_dir", help="run folder")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    args = _parse(argv)
+    from rollout.errors import UserError
+
+    try:
+        return VERBS[args.verb][1](args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """Parses one verb's arguments; options and key=value pairs may come in any order."""
+    parser = _parser()
+    first = argv[0] if argv else "--help"
+    if first.startswith("-h") or first == "--help":
+        parser.print_help()
+        sys.exit(0)
+    if first not in VERBS:
+        if not first.startswith("-") and "=" not in first:
+            near = difflib.get_close_matches(first, VERBS, n=1)
+            parser.error(f"unknown verb {first!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        argv = ["train", *argv]
+    args, rest = parser.parse_known_args(argv)
+    stray = [a for a in rest if a.startswith("-") or "=" not in a or not hasattr(args, "settings")]
+    if stray:
+        parser.error(f"unknown argument {stray[0]!r}; settings are given as key=value")
+    if rest:
+        args.settings = [*args.settings, *rest]
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

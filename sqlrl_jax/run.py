@@ -1,0 +1,147 @@
+"""A run's folder: what is in it, how a run starts in it, goes on in it, and writes to it.
+
+    config.yaml   metrics.jsonl   trajectories/{train,eval}_<step>.jsonl   checkpoints/   export/   report.html   log.txt
+
+A resumed run first forgets everything written after the checkpoint it goes on from, so that nothing is counted twice.
+One process writes to a folder at a time: a lock held while it lives refuses a second one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from rollout.errors import UserError
+from rollout.types import Task, Trajectory
+from sqlrl_jax import config as configuration
+from sqlrl_jax.config import Config
+
+
+class RunError(UserError):
+    """The run folder cannot be used as asked."""
+
+
+class Run:
+    """The open folder of one run. Writes are flushed line by line; a full disk raises RunError naming the file."""
+
+    def __init__(self, config: Config) -> None:
+        self.dir = Path(config.trainer.run_dir)
+        self.metrics_file = self.dir / "metrics.jsonl"
+        self.checkpoints = self.dir / "checkpoints"
+        self.trajectories = self.dir / "trajectories"
+        self.export = self.dir / "export"
+        self.log_file = self.dir / "log.txt"
+        resuming = config.trainer.resume_mode == "latest"
+        if self.metrics_file.exists() and not resuming:
+            raise RunError(
+                f"{self.dir} already holds a run. Go on with it: trainer.resume_mode=latest; "
+                f"or start another: trainer.run_dir=FOLDER (or delete this one)"
+            )
+        try:
+            self.trajectories.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.dir / ".lock")
+            self.epoch = _count_start(self.dir / ".starts")
+            configuration.save(config, self.dir / "config.yaml")
+            self._log: IO[str] = self.log_file.open("a", encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"run folder {self.dir}: {error.strerror or error}") from None
+
+    def forget_after(self, step: int) -> None:
+        """Drops metrics and trajectories of later steps: they are about to be made again."""
+        lines = [entry for entry in read_metrics(self.metrics_file) if _kept(entry, step)]
+        temporary = self.metrics_file.with_suffix(".tmp")
+        self._guard(temporary, lambda: temporary.write_text("".join(json.dumps(e) + "\n" for e in lines)))
+        temporary.replace(self.metrics_file)
+        for path in self.trajectories.glob("*_*.jsonl"):
+            kind, _, number = path.stem.partition("_")
+            if not _kept({"kind": kind, "step": int(number)}, step):
+                path.unlink()
+
+    def log_metrics(self, kind: str, step: int, metrics: dict[str, float]) -> None:
+        entry = {"kind": kind, "step": step, "time": round(time.time(), 3), **metrics}
+        line = json.dumps(entry, allow_nan=True) + "\n"
+        self._guard(self.metrics_file, lambda: _append(self.metrics_file, line))
+
+    def log_episodes(self, kind: str, step: int, episodes: Iterable[Trajectory], tasks: dict[str, Task]) -> None:
+        """Writes a step's episodes, one JSON line each, with the question beside them."""
+        path = self.trajectories / f"{kind}_{step:06d}.jsonl"
+        lines = (json.dumps(episode_record(kind, step, e, tasks[e.task_id])) + "\n" for e in episodes)
+        self._guard(path, lambda: path.write_text("".join(lines)))
+
+    def log(self, text: str) -> None:
+        self._guard(self.log_file, lambda: (self._log.write(text.rstrip() + "\n"), self._log.flush()))
+
+    def history(self, kind: str) -> list[dict[str, Any]]:
+        return [entry for entry in read_metrics(self.metrics_file) if entry["kind"] == kind]
+
+    def close(self) -> None:
+        self._log.close()
+        self._lock.close()
+
+    def _guard(self, path: Path, write: Any) -> None:
+        try:
+            write()
+        except OSError as error:
+            raise RunError(
+                f"{path}: {error.strerror or error}. The last checkpoint is kept; mend this and go on with "
+                f"trainer.resume_mode=latest"
+            ) from None
+
+
+def episode_record(kind: str, step: int, episode: Trajectory, task: Task) -> dict[str, Any]:
+    """One line of a trajectories file: the question as the environment got it, then the whole trajectory."""
+    return {"kind": kind, "step": step, **task.fields, **asdict(episode)}
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Reads metrics.jsonl. A torn last line (the process was killed while writing) is left out.
+
+    Raises RunError naming file and line for anything else that is not JSON.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    out = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            out.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise RunError(f"{path}:{number}: not a JSON object; remove the line") from None
+    return out
+
+
+def _kept(entry: dict[str, Any], step: int) -> bool:
+    # Training line n belongs to the step that made version n; evaluation at n may be made anew after a resume at n.
+    return entry["step"] <= step if entry["kind"] == "train" else entry["step"] < step
+
+
+def _append(path: Path, line: str) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line)
+
+
+def _lock(path: Path) -> IO[str]:
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RunError(f"{path.parent} is in use by another running process") from None
+    return file
+
+
+def _count_start(path: Path) -> int:
+    """Counts the times a run was started: the epoch by which services tell a stale learner from the present one."""
+    count = int(path.read_text() or 0) + 1 if path.exists() else 1
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(str(count))
+    os.replace(temporary, path)
+    return count

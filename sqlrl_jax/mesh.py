@@ -1,0 +1,92 @@
+"""The device mesh and the one table that says which tensor axis is split over which mesh axis.
+
+Parameters and activations name their axes ("embed", "heads", "batch" …); RULES maps the names to mesh axes, so a model
+file never mentions a mesh. An axis that does not divide evenly is replicated instead, as with 2 key/value heads on 4
+tensor shards. Left out: placing several hosts' devices by hand, because jax orders them well itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sqlrl_jax.config import MeshConfig
+
+AXES = ("data", "fsdp", "sequence", "tensor")
+
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "sequence": ("sequence",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "layers": (),
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes AXES over `devices` (default: all). Raises ValueError when the sizes do not fit them."""
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {name: getattr(config, name) for name in AXES}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    free = [name for name, size in sizes.items() if size == -1]
+    if free and len(devices) % fixed == 0:
+        sizes[free[0]] = len(devices) // fixed
+    elif free or fixed != len(devices):
+        asked = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(
+            f"trainer.mesh ({asked}) needs {'a multiple of ' if free else ''}{fixed} device(s), but there are"
+            f" {len(devices)}: change the sizes, or give one axis -1 to take what is left"
+        )
+    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices=devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def partition_spec(mesh: Mesh, axes: Sequence[str | None], units: Sequence[int]) -> PartitionSpec:
+    """How an array with logical `axes` is split. `units[i]` is what axis i must be divided into whole parts of: its
+    length, or its number of heads. Raises ValueError for an unknown name and for two axes on one mesh axis."""
+    if len(axes) != len(units):
+        raise ValueError(f"axes {tuple(axes)} and sizes {tuple(units)} must have one length")
+    entries: list[tuple[str, ...] | str | None] = []
+    used: set[str] = set()
+    for name, size in zip(axes, units, strict=True):
+        if name is not None and name not in RULES:
+            raise ValueError(f"logical axis {name!r} has no rule in sqlrl_jax.mesh.RULES")
+        parts = tuple(a for a in RULES[name] if mesh.shape[a] > 1) if name is not None else ()
+        if size % math.prod(mesh.shape[a] for a in parts):
+            parts = ()
+        if used & set(parts):
+            raise ValueError(f"axes {tuple(axes)} would be split over mesh axis {sorted(used & set(parts))} twice")
+        used |= set(parts)
+        entries.append(None if not parts else parts[0] if len(parts) == 1 else parts)
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)
+
+
+def param_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+    """The sharding of an array with these logical axes; see `partition_spec`."""
+    return NamedSharding(mesh, partition_spec(mesh, axes, shape))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of [rows, tokens] arrays: rows over data and fsdp, tokens over sequence."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"], *RULES["sequence"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds all of it."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: jax.Array, mesh: Mesh | None, axes: Sequence[str | None]) -> jax.Array:
+    """Keep an intermediate value split by its logical axes; nothing to do without a mesh or on one device."""
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, param_sharding(mesh, axes, x.shape))

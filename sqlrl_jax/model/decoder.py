@@ -1,0 +1,216 @@
+"""The decoder of Qwen2, Qwen3 and Llama: pre-norm blocks, grouped-query attention, RoPE, RMSNorm, SwiGLU.
+
+The arithmetic is pure functions of (config, one layer's parameters, activations); `Decoder` is the Flax NNX module that
+owns the parameters. Attention is passed in as a function of q, k, v and whatever the caller carries for each layer, so
+training (segments of packed rows) and cached decoding (sampler.py) share every other line. Statistics, RoPE angles and
+the residual's norm are float32; everything else runs in the compute dtype.
+Left out: the logits. They are never needed whole; the head is applied to the trained or the last tokens only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from sqlrl_jax.mesh import constrain
+from sqlrl_jax.model.attention import attention, segment_mask
+from sqlrl_jax.model.config import ModelConfig
+from sqlrl_jax.model.params import Params, init_param, nest, param_specs
+
+Rope = tuple[Float[Array, "B S h2"], Float[Array, "B S h2"]]
+# (q, k, v, this layer's slice of what is carried) -> (attended [B, S, H, h], the new slice)
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How the layers are run; none of it changes the result beyond rounding."""
+
+    dtype: str = "float32"
+    scan_layers: bool = True
+    remat: Literal["none", "full"] = "none"
+    mesh: Mesh | None = None
+
+
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
+    """Radians per position for each pair of a head's dimensions: float32 [head_dim / 2]."""
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequency = (1.0 / np.power(np.float32(config.rope_theta), exponent)).astype(np.float32)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    # Llama 3.1: https://github.com/meta-llama/llama-models, apply_scaling
+    wavelength = 2 * np.pi / frequency
+    original = scaling.original_max_position_embeddings
+    smooth = (original / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = np.clip(smooth, 0.0, 1.0)
+    return (frequency * (kept + (1 - kept) / scaling.factor)).astype(np.float32)
+
+
+def rope_table(config: ModelConfig, positions: Int[Array, "B S"]) -> Rope:
+    """Cosine and sine of every position's angles, float32."""
+    angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(config)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x: Float[Array, "B S N h"], rope: Rope) -> Float[Array, "B S N h"]:
+    """Rotate dimension i with dimension i + h/2 (Hugging Face's order of the pairs)."""
+    cos, sin = (part[:, :, None, :] for part in rope)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
+    """x / sqrt(mean(x^2) + eps) * scale, computed in float32."""
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def project_qkv(
+    config: ModelConfig, layer: Params, x: Float[Array, "B S D"], rope: Rope
+) -> tuple[Float[Array, "B S H h"], Float[Array, "B S KV h"], Float[Array, "B S KV h"]]:
+    """Queries and keys (normed and rotated) and values of one layer, from the residual stream."""
+    normed = rms_norm(x, layer["attention_norm"], config.rms_norm_eps)
+
+    def project(name: str, heads: int) -> jax.Array:
+        out = normed @ layer[name].astype(x.dtype)
+        if config.attention_bias:
+            out = out + layer[f"{name}_bias"].astype(x.dtype)
+        return out.reshape(*x.shape[:-1], heads, config.head_dim)
+
+    q = project("q", config.num_attention_heads)
+    k = project("k", config.num_key_value_heads)
+    v = project("v", config.num_key_value_heads)
+    if config.qk_norm:
+        q = rms_norm(q, layer["q_norm"], config.rms_norm_eps)
+        k = rms_norm(k, layer["k_norm"], config.rms_norm_eps)
+    return apply_rope(q, rope), apply_rope(k, rope), v
+
+
+def finish_block(
+    config: ModelConfig, layer: Params, x: Float[Array, "B S D"], attended: Float[Array, "B S H h"]
+) -> Float[Array, "B S D"]:
+    """The rest of a layer after attention: output projection, then the SwiGLU MLP, each added to the residual."""
+    x = x + attended.reshape(*x.shape[:-1], -1) @ layer["o"].astype(x.dtype)
+    normed = rms_norm(x, layer["mlp_norm"], config.rms_norm_eps)
+    gated = jax.nn.silu(normed @ layer["gate"].astype(x.dtype)) * (normed @ layer["up"].astype(x.dtype))
+    return x + gated @ layer["down"].astype(x.dtype)
+
+
+def unstack_layers(layers: Params, count: int) -> list[Params]:
+    """Stacked parameters [L, …] as one dict for each layer."""
+    parts = {name: [jnp.squeeze(p, 0) for p in jnp.split(value, count)] for name, value in layers.items()}
+    return [{name: parts[name][i] for name in parts} for i in range(count)]
+
+
+def run_layers(
+    config: ModelConfig,
+    layers: Params,
+    x: Float[Array, "B S D"],
+    rope: Rope,
+    attend: Attend,
+    carried: Any = None,
+    compute: Compute | None = None,
+) -> tuple[Float[Array, "B S D"], Any]:
+    """All blocks in order. `carried` is a pytree with a leading layer axis (a KV cache); its new version is returned."""
+    compute = compute or Compute()
+
+    def block(x: jax.Array, inputs: tuple[Params, Any]) -> tuple[jax.Array, Any]:
+        layer, slot = inputs
+        attended, slot = attend(*project_qkv(config, layer, x, rope), slot)
+        out = finish_block(config, layer, x, attended)
+        return constrain(out, compute.mesh, ("batch", "sequence", None)), slot
+
+    body = jax.checkpoint(block, prevent_cse=not compute.scan_layers) if compute.remat == "full" else block
+    return jax.lax.scan(body, x, (layers, carried), unroll=1 if compute.scan_layers else config.num_hidden_layers)
+
+
+def embed(params: Params, tokens: Int[Array, "B S"], compute: Compute) -> Float[Array, "B S D"]:
+    """Token embeddings in the compute dtype."""
+    x = jnp.take(params["embedding"], tokens, axis=0).astype(compute.dtype)
+    return constrain(x, compute.mesh, ("batch", "sequence", None))
+
+
+def final_norm(config: ModelConfig, params: Params, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """The norm before the output matrix."""
+    return rms_norm(x, params["final_norm"], config.rms_norm_eps)
+
+
+def unembedding(params: Params) -> Float[Array, "D V"]:
+    """The output matrix, tied to the embedding or not: logits = hidden @ unembedding."""
+    return params["lm_head"] if "lm_head" in params else params["embedding"].T
+
+
+def forward(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B S"],
+    positions: Int[Array, "B S"],
+    segment_ids: Int[Array, "B S"],
+    compute: Compute | None = None,
+) -> Float[Array, "B S D"]:
+    """Hidden states after the final norm. Rows may hold several segments (ids from 1; 0 is padding); each token sees
+    its own segment up to itself; `positions` count from 0 inside each segment."""
+    compute = compute or Compute()
+    mask = segment_mask(segment_ids)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, slot: None) -> tuple[jax.Array, None]:
+        return attention(q, k, v, mask), slot
+
+    x = embed(params, tokens, compute)
+    x, _ = run_layers(config, params["layers"], x, rope_table(config, positions), attend, None, compute)
+    return final_norm(config, params, x)
+
+
+class Layers(nnx.Module):
+    """The parameters of all blocks, stacked on a leading axis."""
+
+
+class Decoder(nnx.Module):
+    """Owns the parameters; each `nnx.Param` carries its logical axes as `axes`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: str = "float32",
+        compute: Compute | None = None,
+    ) -> None:
+        self.config = config
+        self.compute = compute or Compute()
+        self.layers = Layers()
+        for path, spec in param_specs(config).items():
+            *parents, name = path.split(".")
+            value = init_param(spec, rngs.params(), jnp.dtype(param_dtype))
+            setattr(self.layers if parents else self, name, nnx.Param(value, axes=spec.axes))
+
+    def params(self) -> Params:
+        """The parameters as a nested dict of arrays."""
+        return nnx.to_pure_dict(nnx.state(self, nnx.Param))
+
+    def __call__(
+        self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"], segment_ids: Int[Array, "B S"]
+    ) -> Float[Array, "B S D"]:
+        """See `forward`."""
+        return forward(self.config, self.params(), tokens, positions, segment_ids, self.compute)
+
+    def unembed(self) -> Float[Array, "D V"]:
+        """See `unembedding`."""
+        return unembedding(self.params())
+
+
+def init_params(config: ModelConfig, seed: int, dtype: str = "float32") -> Params:
+    """Fresh parameters as a nested dict; jittable, so `jax.jit(…, out_shardings=)` creates them in place."""
+    specs = param_specs(config)
+    keys = jax.random.split(jax.random.key(seed), len(specs))
+    return nest({p: init_param(s, key, jnp.dtype(dtype)) for (p, s), key in zip(specs.items(), keys, strict=True)})

@@ -307,7 +307,9 @@ def _allowed(annotation: Any, metadata: list[Any]) -> str:
 
 def _bounds(metadata: list[Any]) -> str:
     signs = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
-    return ", ".join(f"{sign} {getattr(m, a)}" for m in metadata for a, sign in signs if getattr(m, a, None) is not None)
+    return ", ".join(
+        f"{sign} {getattr(m, a)}" for m in metadata for a, sign in signs if getattr(m, a, None) is not None
+    )
 
 
 def settings(config: Config) -> list[Setting]:
@@ -320,7 +322,9 @@ def settings(config: Config) -> list[Setting]:
             if isinstance(value, Section):
                 walk(value, default, key + ".")
             else:
-                out.append(Setting(key, value, default, info.description or "", _allowed(info.annotation, info.metadata)))
+                out.append(
+                    Setting(key, value, default, info.description or "", _allowed(info.annotation, info.metadata))
+                )
 
     walk(config, Config(), "")
     return out
@@ -339,11 +343,23 @@ def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -
         if not equals or not key:
             raise ConfigError(f"'{override}': expected key=value, for example trainer.epochs=2")
         _put(tree, key.strip(), _parse_value(key, text))
+    return _checked(tree)
+
+
+def _checked(tree: dict[str, Any]) -> Config:
     _refuse_unknown(tree, Config, "")
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
+
+
+def override(config: Config, values: list[tuple[str, Any]]) -> Config:
+    """The configuration with some settings replaced, checked like `load`."""
+    tree = config.model_dump(mode="json")
+    for key, value in values:
+        _put(tree, key, value)
+    return _checked(tree)
 
 
 def save(config: Config, path: Path) -> None:

@@ -53,14 +53,13 @@ class Run:
             raise RunError(f"run folder {self.dir}: {error.strerror or error}") from None
 
     def forget_after(self, step: int) -> None:
-        """Drops metrics and trajectories of later steps: they are about to be made again."""
-        lines = [entry for entry in read_metrics(self.metrics_file) if _kept(entry, step)]
+        """Drops metrics and trajectories of later steps: they are about to be made again. -1 drops all."""
+        lines = [entry for entry in read_metrics(self.metrics_file) if entry["step"] <= step]
         temporary = self.metrics_file.with_suffix(".tmp")
         self._guard(temporary, lambda: temporary.write_text("".join(json.dumps(e) + "\n" for e in lines)))
         temporary.replace(self.metrics_file)
         for path in self.trajectories.glob("*_*.jsonl"):
-            kind, _, number = path.stem.partition("_")
-            if not _kept({"kind": kind, "step": int(number)}, step):
+            if int(path.stem.rpartition("_")[2]) > step:
                 path.unlink()
 
     def log_metrics(self, kind: str, step: int, metrics: dict[str, float]) -> None:
@@ -117,11 +116,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise RunError(f"{path}:{number}: not a JSON object; remove the line") from None
     return out
-
-
-def _kept(entry: dict[str, Any], step: int) -> bool:
-    # Training line n belongs to the step that made version n; evaluation at n may be made anew after a resume at n.
-    return entry["step"] <= step if entry["kind"] == "train" else entry["step"] < step
 
 
 def _append(path: Path, line: str) -> None:

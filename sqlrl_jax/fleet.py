@@ -1,0 +1,98 @@
+"""The rollout services as the learner sees them: started or joined, given weights, asked for episodes, brought back.
+
+A service that this run started is restarted when it dies, gets the present weights again, and is asked only for what is
+still missing; the bridge's client counts every (question, sample) exactly once. Services started elsewhere
+(`generator.services`) are waited for instead.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rollout.client import RolloutClient
+from rollout.supervisor import ServiceProcess
+
+from rollout.errors import InfrastructureError
+from rollout.types import SamplingParams, Task, Trajectory
+from sqlrl_jax.config import Config, SamplingConfig
+
+LAUNCH = Path(__file__).resolve().parents[1] / "launch.py"
+
+
+def sampling_params(config: SamplingConfig) -> SamplingParams:
+    return SamplingParams(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        max_tokens=config.max_generate_length,
+        stop=config.stop,
+    )
+
+
+class Fleet:
+    """All rollout services of a run. Close it to stop those that it started."""
+
+    def __init__(self, config: Config, config_file: Path, log_file: Path, say: Callable[[str], None]) -> None:
+        self._config = config
+        self._say = say
+        self._restarts = 0
+        self._process: ServiceProcess | None = None
+        self.republish: Callable[[], Any] = lambda: None
+        """Pushes the present weights to every service; the trainer sets it."""
+        addresses = list(config.generator.services)
+        if not addresses:
+            command = [sys.executable, str(LAUNCH), "serve", "--config", str(config_file)]
+            self._process = ServiceProcess(command, log_file, start_timeout=config.bridge.start_timeout)
+            addresses = [self._process.start()]
+        self.client = RolloutClient(addresses, stall_timeout=config.bridge.stall_timeout)
+        self.client.wait_ready(config.bridge.start_timeout)
+
+    def rollout(
+        self,
+        tasks: Sequence[Task],
+        *,
+        samples: int,
+        sampling: SamplingParams,
+        version: int,
+        seed: int,
+        max_turns: int,
+        on_trajectory: Callable[[Trajectory], None],
+    ) -> list[Trajectory]:
+        """Episodes of every task in (task, sample) order. Raises InfrastructureError when services stay away."""
+        episodes = self.client.rollout(
+            tasks,
+            samples,
+            sampling,
+            version=version,
+            seed=seed,
+            max_turns=max_turns,
+            on_trajectory=on_trajectory,
+            on_lost=self._bring_back,
+        )
+        self._restarts = 0
+        return episodes
+
+    def _bring_back(self, address: str, error: Exception) -> None:
+        """Called by the client when a service is lost: restart it or wait for it, then give it the weights."""
+        self._restarts += 1
+        limit = self._config.bridge.max_restarts
+        if self._restarts > limit:
+            raise InfrastructureError(
+                f"rollout service {address} was lost {self._restarts} times in a row (bridge.max_restarts = {limit}): {error}"
+            )
+        if self._process is None:
+            self._say(f"rollout service {address} is lost ({error}); waiting for it to come back")
+        else:
+            self._say(f"rollout service {address} is lost ({error}); starting it again")
+            address = self._process.restart()
+            self.client.replace(address)
+        self.client.wait_ready(self._config.bridge.start_timeout)
+        self.republish()
+        self._say(f"rollout service {address} is back with the present weights; asking again for the missing episodes")
+
+    def close(self) -> None:
+        self.client.close()
+        if self._process is not None:
+            self._process.stop()

@@ -1,0 +1,67 @@
+"""What a run is about to do, in a dozen lines, and what its numbers say needs attention. Pure functions of figures."""
+
+from __future__ import annotations
+
+from sqlrl_jax.config import Config
+
+
+def plan_rows(
+    config: Config,
+    *,
+    parameters: int,
+    devices: str,
+    mesh: dict[str, int],
+    questions: tuple[int, int],
+    steps: tuple[int, int],
+    run_dir: str,
+) -> list[tuple[str, str]]:
+    """Name and value of each line. `questions` is (training, held-out), `steps` is (done, total)."""
+    trainer, generator, policy = config.trainer, config.generator, config.trainer.policy
+    used = " x ".join(f"{name} {size}" for name, size in mesh.items() if size > 1) or "one device"
+    width = {"float32": 4, "bfloat16": 2}[policy.param_dtype]
+    shards = max(1, mesh["fsdp"] * mesh["tensor"])
+    state = parameters * (2 * width + 2 * 4) / shards  # weights, gradients and two moments
+    services = ", ".join(generator.services) or "one, started here"
+    sampling = generator.sampling_params
+    return [
+        ("model", f"{policy.model.path}, {parameters / 1e6:,.2f}M parameters, {policy.param_dtype}"),
+        ("devices", f"{devices}; mesh: {used}"),
+        ("memory", f"{state / 2**20:,.0f} MiB a device for weights, gradients and optimizer state"),
+        ("rollouts", f"{generator.backend} engine, services: {services}"),
+        ("questions", f"{questions[0]:,} for training, {questions[1]:,} held out"),
+        (
+            "batch",
+            f"{trainer.train_batch_size} questions x {generator.n_samples_per_prompt} episodes of up to "
+            f"{generator.max_turns} turns, temperature {sampling.temperature:g}",
+        ),
+        (
+            "update",
+            f"{trainer.algorithm.policy_loss_type}, {policy.optimizer_config.name} at {policy.optimizer_config.lr:g}, "
+            f"{trainer.train_batch_size // trainer.policy_mini_batch_size * trainer.update_epochs_per_batch} a step, "
+            f"rows of {policy.row_tokens} tokens",
+        ),
+        ("steps", f"{steps[1]}" + (f", {steps[0]} done" if steps[0] else "")),
+        ("evaluation", f"every {trainer.eval_interval} steps" if trainer.eval_interval else "at the end"),
+        ("run folder", run_dir),
+        ("seed", str(trainer.seed)),
+    ]
+
+
+def warnings_for(metrics: dict[str, float]) -> list[str]:
+    """What a step's metrics say that a person should act on."""
+    out = []
+    if metrics["outcome/malformed"] > 0.5:
+        out.append(
+            f"{metrics['outcome/malformed']:.0%} of the episodes gave no usable answer; read some in trajectories/ "
+            f"(is the format in the prompt, is max_generate_length too short?)"
+        )
+    if metrics["reward/groups_with_spread"] == 0:
+        out.append("every group got one and the same reward, so there was nothing to learn from")
+    if metrics["policy/skipped_steps"] > 0:
+        out.append("gradients were not finite; the update was skipped")
+    if metrics["policy/logprob_diff_max"] > 0.1:
+        out.append(
+            f"learner and rollout disagree on a token's log-probability by {metrics['policy/logprob_diff_max']:.2g}; "
+            f"are both on the same weights and temperature?"
+        )
+    return out

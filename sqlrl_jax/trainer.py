@@ -1,0 +1,245 @@
+"""The training loop: sample episodes, turn rewards into advantages, update, push the weights, look how it goes.
+
+Synchronous: episodes of step n are sampled from version n of the weights and make version n + 1. The state of a run is
+the learner's state and the step; data order and sampling seeds follow from the step, so a resumed run repeats exactly.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+import jax
+
+from rollout.errors import UserError
+from rollout.types import Task, Trajectory
+from sqlrl_jax.checkpoint import Checkpoints
+from sqlrl_jax.config import Config
+from sqlrl_jax.data.order import batch_at, steps_per_epoch
+from sqlrl_jax.data.questions import Questions, load_questions
+from sqlrl_jax.display import Display, comparison, eval_line, step_line
+from sqlrl_jax.evaluate import evaluate
+from sqlrl_jax.fleet import Fleet, sampling_params
+from sqlrl_jax.learner import Learner, build_learner
+from sqlrl_jax.metrics import rollout_metrics
+from sqlrl_jax.model.hf import save_hf
+from sqlrl_jax.plan import plan_rows, warnings_for
+from sqlrl_jax.report import write_report
+from sqlrl_jax.rl.advantages import group_advantages
+from sqlrl_jax.run import Run
+from sqlrl_jax.stop import Stopped, StopSignal
+from sqlrl_jax.weights import Pusher
+
+
+def train(config: Config) -> int:
+    """Runs or resumes the run that `config` describes. Returns the process's exit status."""
+    with ExitStack() as stack:
+        stop = StopSignal()
+        stack.callback(stop.close)
+        run = Run(config)
+        stack.callback(run.close)
+        display = Display(run.log)
+        trainer = Trainer(config, run, display, stop, stack)
+        try:
+            trainer.loop()
+        except Stopped as signal:
+            trainer.save()
+            display.print(
+                f"stopped by {signal} after step {trainer.step}; everything up to there is saved. Go on with:"
+            )
+            display.print(
+                f"    python launch.py --config {run.dir}/config.yaml trainer.resume_mode=latest", style="bold"
+            )
+            return 130
+        trainer.finish()
+    return 0
+
+
+class Trainer:
+    """One run: its data, learner, services and the step it has reached."""
+
+    def __init__(self, config: Config, run: Run, display: Display, stop: StopSignal, stack: ExitStack) -> None:
+        self.config, self.run, self.display, self.stop = config, run, display, stop
+        self.data: Questions = load_questions(config)
+        self.learner: Learner = build_learner(config)
+        self.checkpoints = Checkpoints(run.checkpoints, config.trainer.max_ckpts_to_keep)
+        stack.callback(self.checkpoints.close)
+        self.step = self._restore()
+        run.forget_after(self.step if self.step else -1)
+        self.total = self._total_steps()
+        self._plan()
+        self.fleet = Fleet(config, run.dir / "config.yaml", run.dir / "service.log", display.print)
+        stack.callback(self.fleet.close)
+        self.pusher = Pusher(self.fleet.client, self.learner, run_id=run.id, epoch=run.epoch)
+        self.fleet.republish = self.push
+        self.push()
+
+    def loop(self) -> None:
+        """Trains to the last step. Raises Stopped between two phases after Ctrl-C or SIGTERM."""
+        started, first = time.monotonic(), self.step
+        while True:
+            self.stop.check()
+            if self._due(self.config.trainer.eval_interval) and not self._evaluated():
+                self.evaluate()
+            if self.step > first and self._due(self.config.trainer.ckpt_interval):
+                self.save()
+            if self.step == self.total:
+                return
+            metrics = self.train_step()
+            pace = (time.monotonic() - started) / (self.step - first)
+            self.display.print(step_line(self.step, self.total, metrics, pace * (self.total - self.step)))
+
+    def train_step(self) -> dict[str, float]:
+        """One step: episodes, update, push. Returns and logs its metrics."""
+        trainer, generator = self.config.trainer, self.config.generator
+        tasks = batch_at(self.data.train, trainer.train_batch_size, trainer.seed, self.step)
+        clock = Clock()
+        episodes = self._rollout(tasks, generator.n_samples_per_prompt, "rollout")
+        clock.lap("rollout")
+        usable = [e for e in episodes if e.outcome != "prompt_too_long"]
+        if not usable:
+            raise UserError(
+                f"step {self.step + 1}: every prompt is longer than trainer.max_prompt_length = {trainer.max_prompt_length}"
+            )
+        advantages = group_advantages(
+            [e.reward for e in usable], [e.task_id for e in usable], trainer.algorithm.grpo_norm_by_std
+        )
+        metrics = self.learner.update(usable, advantages)
+        clock.lap("update")
+        self.step += 1
+        metrics |= self.push()
+        clock.lap("push")
+        metrics |= rollout_metrics(usable) | clock.metrics()
+        metrics["generate/prompts_too_long"] = float(len(episodes) - len(usable))
+        metrics["generate/tokens_per_second"] = metrics["generate/tokens"] / metrics["timing/rollout"]
+        self.run.log_episodes("train", self.step, episodes, self.data.by_id)
+        self.run.log_metrics("train", self.step, metrics)
+        self._warn(metrics)
+        return metrics
+
+    def push(self) -> dict[str, float]:
+        """Gives the present weights to every service as version `step`."""
+        return self.pusher.push(self.learner.params, self.step)
+
+    def evaluate(self, max_turns: int | None = None) -> dict[str, float]:
+        """Measures the present weights on the evaluation questions; prints, logs and returns the metrics."""
+        turns = max_turns or self.config.generator.max_turns
+        with self.display.bar(
+            "evaluating", len(self.data.val) * self.config.generator.eval_n_samples_per_prompt
+        ) as bar:
+            episodes, metrics = evaluate(self.fleet, self.config, self.data.val, self.step, turns, self._follow(bar))
+        metrics["max_turns"] = turns
+        self.display.print(eval_line(self.step, turns, metrics), style="bold")
+        if turns == self.config.generator.max_turns:
+            self.run.log_episodes("eval", self.step, episodes, self.data.by_id)
+        self.run.log_metrics("eval", self.step, metrics)
+        return metrics
+
+    def save(self) -> None:
+        """Saves everything a resumed run needs, as of the present step."""
+        self.checkpoints.save(self.step, self.learner)
+
+    def finish(self) -> None:
+        """After the last step: one-turn accuracy, checkpoint, export, the before/after table, the report."""
+        turns = self.config.generator.max_turns
+        if turns > 1 and not self._evaluated(1):
+            self.evaluate(1)
+        self.save()
+        self.checkpoints.wait()
+        save_hf(
+            self.run.export, self.learner.params, self.learner.model_config, tokenizer_source=self.learner.tokenizer_dir
+        )
+        history = self.run.history("eval")
+        before = next(m for m in history if m["max_turns"] == turns)
+        after = next(m for m in reversed(history) if m["max_turns"] == turns)
+        columns = [(f"before (step {before['step']})", before), (f"after (step {after['step']})", after)]
+        if turns > 1:
+            columns.append(("after, one turn only", next(m for m in reversed(history) if m["max_turns"] == 1)))
+        self.display.print(comparison(f"greedy, up to {turns} turns", columns))
+        page = write_report(self.run.dir)
+        self.display.print(f"model   {self.run.export}\nreport  {page}\nmetrics {self.run.metrics_file}")
+
+    def _rollout(self, tasks: Sequence[Task], samples: int, label: str) -> list[Trajectory]:
+        generator = self.config.generator
+        with self.display.bar(label, len(tasks) * samples) as bar:
+            return self.fleet.rollout(
+                tasks,
+                samples=samples,
+                sampling=sampling_params(generator.sampling_params),
+                version=self.step,
+                seed=self.config.trainer.seed * 1_000_003 + self.step,
+                max_turns=generator.max_turns,
+                on_trajectory=self._follow(bar),
+            )
+
+    def _follow(self, bar: Callable[[int], None]) -> Callable[[Trajectory], None]:
+        """Moves a bar with each episode that arrives, and lets Ctrl-C leave the wait."""
+        done = 0
+
+        def on_trajectory(_: Trajectory) -> None:
+            nonlocal done
+            done += 1
+            bar(done)
+            self.stop.check()
+
+        return on_trajectory
+
+    def _restore(self) -> int:
+        if self.config.trainer.resume_mode == "none":
+            return 0
+        step = self.checkpoints.restore_latest(self.learner, warn=self.display.warn)
+        self.display.print(f"resuming after step {step}" if step else "no checkpoint yet: starting from the first step")
+        return step
+
+    def _total_steps(self) -> int:
+        trainer = self.config.trainer
+        per_epoch = steps_per_epoch(len(self.data.train), trainer.train_batch_size)
+        if per_epoch == 0:
+            raise UserError(
+                f"trainer.train_batch_size = {trainer.train_batch_size}, but there are only {len(self.data.train)} "
+                f"training questions; lower it or add questions"
+            )
+        total = per_epoch * trainer.epochs
+        return min(total, trainer.max_steps) if trainer.max_steps else total
+
+    def _due(self, interval: int) -> bool:
+        if self.step == 0:
+            return interval == self.config.trainer.eval_interval and self.config.trainer.eval_before_train
+        return self.step == self.total or (interval > 0 and self.step % interval == 0)
+
+    def _evaluated(self, max_turns: int | None = None) -> bool:
+        turns = max_turns or self.config.generator.max_turns
+        return any(m["step"] == self.step and m["max_turns"] == turns for m in self.run.history("eval"))
+
+    def _plan(self) -> None:
+        rows = plan_rows(
+            self.config,
+            parameters=self.learner.parameter_count,
+            devices=f"{jax.device_count()} {jax.default_backend()} ({jax.process_count()} processes)",
+            mesh=dict(self.learner.mesh.shape),
+            questions=(len(self.data.train), len(self.data.val)),
+            steps=(self.step, self.total),
+            run_dir=str(self.run.dir),
+        )
+        self.display.plan(rows)
+
+    def _warn(self, metrics: dict[str, float]) -> None:
+        for text in warnings_for(metrics):
+            self.display.warn(f"step {self.step}: {text}")
+
+
+class Clock:
+    """Seconds of each phase of a step."""
+
+    def __init__(self) -> None:
+        self._last = self._start = time.monotonic()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self._laps[f"timing/{name}"] = now - self._last
+        self._last = now
+
+    def metrics(self) -> dict[str, float]:
+        return self._laps | {"timing/step": time.monotonic() - self._start}

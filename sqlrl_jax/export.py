@@ -1,0 +1,56 @@
+"""`launch.py import` and `launch.py export`: Hugging Face checkpoints in, Hugging Face checkpoints out.
+
+An imported folder is again a Hugging Face folder, checked name by name and in one normal form; the trainer takes it as
+`trainer.policy.model.path`. Left out: downloading, and formats other than safetensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sqlrl_jax.model.config import ModelConfig
+from sqlrl_jax.model.hf import Reader, hf_manifest, hf_table, save_hf
+from sqlrl_jax.model.hf_files import write_checkpoint
+from sqlrl_jax.model.params import parameter_count
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written: for the line that the person sees."""
+
+    path: Path
+    model_type: str
+    parameters: int
+    dtype: str
+
+
+def import_model(hf_dir: str | Path, out: str | Path, dtype: str | None = None) -> Report:
+    """Check a Hugging Face checkpoint and write it to `out`, tensor by tensor, with its tokenizer and chat template.
+
+    `dtype` None keeps the checkpoint's own. Raises ModelConfigError or CheckpointError naming what does not fit."""
+    config = ModelConfig.from_dir(hf_dir)
+    if Path(hf_dir).resolve() == Path(out).resolve():
+        raise ValueError(f"{out} is the checkpoint itself: name another folder for --out")
+    with Reader(hf_dir, config) as reader:
+        kept = dtype or reader.dtype()
+
+        def tensors() -> Iterator[tuple[str, np.ndarray]]:
+            for entry in hf_table(config):
+                value = reader.read(entry, dtype=kept)
+                yield entry.name, value.T if entry.transpose else value
+
+        write_checkpoint(Path(out), hf_manifest(config, kept), tensors(), config.to_hf(kept), hf_dir)
+    return Report(Path(out), config.model_type, parameter_count(config), kept)
+
+
+def export_checkpoint(checkpoint: str | Path, out: str | Path, dtype: str = "float32") -> Report:
+    """Write the weights of a training checkpoint (or of a run's latest one) as a Hugging Face folder."""
+    from sqlrl_jax.checkpoint import load_params  # Orbax takes seconds to import; an import does not need it
+
+    params, config, tokenizer = load_params(checkpoint)
+    save_hf(out, params, config, dtype, tokenizer)
+    return Report(Path(out), config.model_type, parameter_count(config), dtype)

@@ -21,9 +21,9 @@ from rollout.types import TensorSpec
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 4_000_000_000
 # What a tokenizer, its chat template and generation need; everything else in a source folder stays there.
-TOKENIZER_FILES = tuple(
-    """tokenizer.json tokenizer_config.json tokenizer.model vocab.json merges.txt added_tokens.json
-    special_tokens_map.json chat_template.jinja chat_template.json generation_config.json""".split()
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"),
+    *("special_tokens_map.json", "chat_template.jinja", "chat_template.json", "generation_config.json"),
 )
 
 

@@ -23,28 +23,31 @@ examples:
 
 
 def _train(args: argparse.Namespace) -> int:
+    config = _config(args)
     from sqlrl_jax.trainer import train
 
-    return train(_config(args))
+    return train(config)
 
 
 def _serve(args: argparse.Namespace) -> int:
+    config = _config(args)
     from rollout.server import main
 
-    return main(_config(args), args.port_file)
+    return main(config, args.port_file)
 
 
 def _eval(args: argparse.Namespace) -> int:
+    config = _config(args)
     from sqlrl_jax.evaluate import main
 
-    turns = [int(t) for t in args.turns.split(",")] if args.turns else None
-    return main(_config(args), args.model, args.questions, args.databases, args.samples, turns, args.out)
+    return main(config, args.model, args.questions, args.databases, args.samples, args.turns, args.out)
 
 
 def _sft(args: argparse.Namespace) -> int:
+    config = _config(args)
     from sqlrl_jax.sft import main
 
-    return main(_config(args))
+    return main(config)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -105,6 +108,16 @@ VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int]]] = {
 }
 
 
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+def _limits(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
+
+
 def _parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
     description = "Train language models to answer questions with SQL, by multi-turn reinforcement learning."
@@ -119,8 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--model", help="model folder to evaluate (default: trainer.policy.model.path)")
     evaluate.add_argument("--questions", help="JSON lines file of questions (default: data.val_data)")
     evaluate.add_argument("--databases", help="folder of <db_id>/<db_id>.sqlite (default: the configured one)")
-    evaluate.add_argument("--samples", type=int, help="samples for each question; above 1 gives pass@k")
-    evaluate.add_argument("--turns", help="turn limits to compare, for example 1,5 (default: generator.max_turns)")
+    evaluate.add_argument("--samples", type=_positive, help="samples for each question; above 1 gives pass@k")
+    evaluate.add_argument("--turns", type=_limits, help="turn limits to compare, for example 1,5 (default: generator.max_turns)")
     evaluate.add_argument("--out", help="file for every episode, one JSON line each")
     parsers["import"].add_argument("--model", required=True, help="Hugging Face checkpoint folder")
     parsers["import"].add_argument("--out", required=True, help="folder to write; must not exist")

@@ -417,6 +417,8 @@ def _refuse_unknown(tree: dict[str, Any], section: type[Section], prefix: str) -
         if name not in section.model_fields:
             raise ConfigError(f"unknown setting '{key}'{_nearest(key)}. All settings: python launch.py config")
         sub = _section_of(section.model_fields[name].annotation)
+        if sub is None and isinstance(value, dict):
+            raise ConfigError(f"'{key}' is a setting, not a section: it has no '{next(iter(value), '')}'")
         if sub is not None:
             if not isinstance(value, dict):
                 raise ConfigError(f"'{key}' is a section of settings, not the value {value!r}")

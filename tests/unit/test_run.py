@@ -1,0 +1,101 @@
+"""The run folder: starting, going on, and what survives a kill."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sqlrl_jax import config as configuration
+from sqlrl_jax.run import Run, RunError, read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make(tmp_path, *settings):
+    return configuration.load(None, [f"trainer.run_dir={tmp_path}/run", *settings])
+
+
+def test_a_second_start_is_refused_and_says_how_to_go_on(tmp_path):
+    run = Run(make(tmp_path))
+    run.log_metrics("train", 1, {"a": 1.0})
+    run.close()
+    with pytest.raises(RunError, match="trainer.resume_mode=latest"):
+        Run(make(tmp_path))
+    resumed = Run(make(tmp_path, "trainer.resume_mode=latest"))
+    assert resumed.epoch == 2
+    resumed.close()
+
+
+def test_two_processes_cannot_share_a_folder(tmp_path):
+    run = Run(make(tmp_path))
+    with pytest.raises(RunError, match="in use"):
+        Run(make(tmp_path, "trainer.resume_mode=latest"))
+    run.close()
+
+
+def test_resuming_forgets_later_steps_and_a_torn_line(tmp_path):
+    run = Run(make(tmp_path))
+    for step in (1, 2, 3):
+        run.log_metrics("train", step, {"a": float(step)})
+        run.log_episodes("train", step, [], {})
+    with run.metrics_file.open("a") as file:
+        file.write('{"kind": "train", "st')
+    assert [m["step"] for m in read_metrics(run.metrics_file)] == [1, 2, 3]
+    run.forget_after(2)
+    assert [json.loads(line)["step"] for line in run.metrics_file.read_text().splitlines()] == [1, 2]
+    assert sorted(p.name for p in run.trajectories.iterdir()) == ["train_000001.jsonl", "train_000002.jsonl"]
+    run.close()
+
+
+def test_a_bad_metrics_line_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(RunError, match=r"metrics.jsonl:2"):
+        read_metrics(path)
+
+
+def test_a_full_disk_is_named(tmp_path):
+    run = Run(make(tmp_path))
+    run.metrics_file = Path("/dev/full")
+    with pytest.raises(RunError, match="No space left on device"):
+        run.log_metrics("train", 1, {})
+    run.close()
+
+
+def launch(*arguments):
+    return subprocess.run(
+        [sys.executable, "launch.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["evla"], "did you mean 'eval'"),
+        (["--config", "nowhere.yaml"], "configuration nowhere.yaml: No such file"),
+        (["config", "trainer.epoch=1"], "did you mean 'trainer.epochs'"),
+        (["config", "--frobnicate"], "unknown argument '--frobnicate'"),
+        (["report", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_explained(arguments, expected):
+    result = launch(*arguments)
+    assert result.returncode == 2
+    assert expected in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_config_prints_meaning_and_changes():
+    result = launch("config", "generator.max_turns=7")
+    assert "generator.max_turns = 7  (default 5)" in result.stdout
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, launch\ntry: launch.main(['--help'])\nexcept SystemExit: pass\n"
+        "print('jax' in sys.modules, 'pydantic' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.stdout.splitlines()[-1] == "False False"

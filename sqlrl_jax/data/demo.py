@@ -15,6 +15,7 @@ import random
 import shutil
 import sqlite3
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout.types import Task
+from sqlrl_jax.config import DemoConfig
 from sqlrl_jax.data.demo_questions import KINDS, Question, draw_kind, draw_question
 from sqlrl_jax.data.demo_schema import Database, build, make_database
 from sqlrl_jax.data.demo_script import Episode, Player, play, run_query
@@ -46,6 +48,7 @@ class Parameters:
     look: float = 0.35
     spelled: float = 0.45
     renamed: float = 0.4
+    demonstrations_hide: float = 0.7  # in place of both: what is found by looking must be seen often to be learned
     format: int = FORMAT
 
 
@@ -70,7 +73,10 @@ def items(parameters: Parameters, split: str) -> Iterator[Item]:
     for index in range(counts[split]):
         db_id = f"{split}_{index:05d}"
         rng = random.Random(f"{parameters.seed}/{split}/{index}")
-        database = make_database(db_id, rng, spelled=parameters.spelled, renamed=parameters.renamed)
+        spelled, renamed = parameters.spelled, parameters.renamed
+        if split == "demonstrations":
+            spelled = renamed = parameters.demonstrations_hide
+        database = make_database(db_id, rng, spelled=spelled, renamed=renamed)
         connection = build(database)
         seen: set[str] = set()
         while len(seen) < parameters.questions_per_database:
@@ -121,7 +127,7 @@ def generate(
     heldout_databases: int,
     questions_per_database: int,
     demonstrations: bool = True,
-    demonstration_databases: int = 800,
+    demonstration_databases: int = 3000,
     look: float = 0.35,
 ) -> Path:
     """Writes the task into `out_dir` unless a complete one with the same parameters is there; returns `out_dir`.
@@ -139,19 +145,32 @@ def generate(
     )
     out = Path(out_dir)
     if out.exists() and any(out.iterdir()):
-        if _marker(out) == asdict(parameters):
+        if _holds(out, parameters):
             return out
         _refuse_foreign(out)
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    for split in SETS:
-        write_tasks(part / f"{split}.jsonl", _write_set(parameters, split, part / "databases"))
-    (part / MARKER).write_text(json.dumps(asdict(parameters), indent=1) + "\n", encoding="utf-8")
-    if out.exists():
-        shutil.rmtree(out)
-    part.rename(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
+        part = Path(beside, "part")
+        part.mkdir()
+        for split in SETS:
+            write_tasks(part / f"{split}.jsonl", _write_set(parameters, split, part / "databases"))
+        (part / MARKER).write_text(json.dumps(asdict(parameters), indent=1) + "\n", encoding="utf-8")
+        if out.exists():
+            shutil.rmtree(out)
+        part.rename(out)
     return out
+
+
+def ensure(demo: DemoConfig) -> Path:
+    """The task that a run's configuration asks for, generated if it is not there; demonstrations are left out."""
+    return generate(
+        demo.directory,
+        seed=demo.seed,
+        train_databases=demo.train_databases,
+        heldout_databases=demo.heldout_databases,
+        questions_per_database=demo.questions_per_database,
+        demonstrations=False,
+    )
 
 
 def _write_set(parameters: Parameters, split: str, root: Path) -> Iterator[Task]:
@@ -176,6 +195,15 @@ def _marker(out: Path) -> dict[str, Any] | None:
     except (OSError, json.JSONDecodeError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def _holds(out: Path, parameters: Parameters) -> bool:
+    """Whether the folder has what is asked for. Demonstrations that nobody asked for do no harm."""
+    there, wanted = _marker(out), asdict(parameters)
+    if there is not None and not parameters.demonstration_databases:
+        for key in ("demonstration_databases", "look"):
+            there[key] = wanted[key]
+    return there == wanted
 
 
 def _refuse_foreign(out: Path) -> None:
@@ -236,7 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train-databases", type=int, default=400)
     parser.add_argument("--heldout-databases", type=int, default=40)
-    parser.add_argument("--demonstration-databases", type=int, default=800)
+    parser.add_argument("--demonstration-databases", type=int, default=3000)
     parser.add_argument("--questions-per-database", type=int, default=8)
     parser.add_argument("--look", type=float, default=0.35, help="share of careful decisions in demonstrations")
     parser.add_argument("--tokenizer", default="", help="also train the demo tokenizer and write it to this folder")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 import sqlite3
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 PARENTS = ("shop", "club", "farm", "hotel", "lab", "team", "school", "ship", "bank", "park")
@@ -101,7 +102,7 @@ def make_database(db_id: str, rng: random.Random, *, spelled: float, renamed: fl
     """Draws a database. `spelled` and `renamed` are the chances that a text or number column hides something."""
     parent_name = rng.choice(PARENTS)
 
-    def text(pool: dict[str, tuple[str, ...]], name: str) -> TextColumn:
+    def text(pool: Mapping[str, tuple[str, ...]], name: str) -> TextColumn:
         words = tuple(rng.sample(pool[name], rng.randint(4, 5)))
         spelling = rng.choice(SPELLINGS) if rng.random() < spelled else PLAIN
         return TextColumn(name, spelling, spell(words, spelling, rng))
@@ -155,6 +156,7 @@ def _tie(numbers: list[int], rng: random.Random) -> list[int]:
 def build(database: Database) -> sqlite3.Connection:
     """The database in memory; `connection.serialize()` is the file's content."""
     connection = sqlite3.connect(":memory:")
+    connection.execute("PRAGMA page_size = 1024")
     for table in database.tables:
         texts = [f"{t.name} TEXT" for t in table.texts]
         number = [f"{table.real_number} INTEGER"] if table.real_number else []

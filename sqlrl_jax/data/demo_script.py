@@ -37,9 +37,15 @@ class Player:
 
     @staticmethod
     def mixed(look: float) -> Player:
-        """Careful in a part of the first decisions, more often in the later ones, which are rarer."""
-        later = min(1.0, look + 0.25)
-        return Player(look, later, look, later, later, look)
+        """Graded, so that some careful choices are found early in training and others late."""
+        return Player(
+            look=look,
+            look_again=min(1.0, look + 0.15),
+            test=0.8 * look,
+            test_again=look,
+            mend=min(1.0, look + 0.4),
+            keep_ties=0.7 * look,
+        )
 
 
 @dataclass

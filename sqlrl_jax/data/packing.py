@@ -1,0 +1,226 @@
+"""Episodes of any length → rows of one length, in micro-batches of one shape.
+
+Padding was 40% of the tokens of a padded batch, so several episodes share a row: segment ids keep them apart in attention
+and positions restart for each. Beside the rows lies a flat list of the trained tokens: where the hidden state is that
+predicts each, the token itself, and what the loss needs. The head then runs on those alone. Everything here is NumPy on
+the host, and the same input always gives the same arrays. Left out: rows of several lengths (each would be one more
+program to compile) and cutting an episode over two rows (its tail would not see its head).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from rollout.types import Trajectory
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence to train on. All arrays have the length of `tokens`; the first token has no prediction to train.
+
+    `weights` are the tokens' shares in the loss, before division by the minibatch's total weight.
+    """
+
+    name: str
+    tokens: Int[np.ndarray, " n"]
+    trained: Bool[np.ndarray, " n"]
+    old_logprobs: Float[np.ndarray, " n"]
+    advantages: Float[np.ndarray, " n"]
+    weights: Float[np.ndarray, " n"]
+
+
+# What a compiled step takes: rows [rows, row_tokens] and slots of trained tokens [shards, slots].
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """A minibatch in micro-batches of one shape.
+
+    `owners[m]` [shards, slots] is the sample of each slot of micro-batch m, -1 where padded; inside one sample the slots
+    are in the order of its tokens.
+    """
+
+    micro_batches: list[Arrays]
+    owners: list[Int[np.ndarray, "shards slots"]]
+    total_weight: float
+    samples: int
+    tokens: int
+    trained_tokens: int
+    capacity: int = field(default=0)
+
+    @property
+    def padding_fraction(self) -> float:
+        return 1.0 - self.tokens / self.capacity if self.capacity else 0.0
+
+    def per_sample(self, values: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Values of trained tokens, one [shards, slots] array a micro-batch, back to one array a sample."""
+        owner = np.concatenate([o.ravel() for o in self.owners]) if self.owners else np.zeros(0, int)
+        flat = np.concatenate([np.asarray(v).ravel() for v in values]) if self.owners else np.zeros(0)
+        order = np.argsort(owner, kind="stable")
+        owner, flat = owner[order], flat[order]
+        edges = np.searchsorted(owner, np.arange(self.samples + 1))
+        return [flat[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+
+
+def samples_of(
+    trajectories: Sequence[Trajectory], advantages: Sequence[float] | np.ndarray, loss_reduction: str
+) -> list[Sample]:
+    """Episodes as training samples: the sampled tokens are trained, with the rollout's log-probabilities as old.
+
+    Weights make the reduction: token_mean gives each trained token 1, sequence_mean 1 / (trained tokens of its episode).
+    """
+    if len(trajectories) != len(advantages):
+        raise ValueError(f"{len(advantages)} advantages for {len(trajectories)} trajectories: expected one each")
+    out = []
+    for trajectory, advantage in zip(trajectories, advantages, strict=True):
+        _check(trajectory)
+        prompt = len(trajectory.prompt_ids)
+        tokens = np.asarray([*trajectory.prompt_ids, *trajectory.response_ids], np.int32)
+        trained, old = np.zeros(len(tokens), bool), np.zeros(len(tokens), np.float32)
+        trained[prompt:] = np.asarray(trajectory.loss_mask, bool)
+        old[prompt:] = trajectory.logprobs
+        weight = 1.0 if loss_reduction == "token_mean" else 1.0 / max(int(trained.sum()), 1)
+        out.append(
+            Sample(
+                name=f"task {trajectory.task_id} sample {trajectory.sample}",
+                tokens=tokens,
+                trained=trained,
+                old_logprobs=old,
+                advantages=np.full(len(tokens), advantage, np.float32),
+                weights=np.where(trained, np.float32(weight), np.float32(0.0)),
+            )
+        )
+    return out
+
+
+def _check(trajectory: Trajectory) -> None:
+    sizes = {len(trajectory.response_ids), len(trajectory.loss_mask), len(trajectory.logprobs)}
+    if len(sizes) != 1 or not trajectory.prompt_ids:
+        raise ValueError(
+            f"task {trajectory.task_id} sample {trajectory.sample}: prompt {len(trajectory.prompt_ids)}, response "
+            f"{len(trajectory.response_ids)}, loss_mask {len(trajectory.loss_mask)}, logprobs "
+            f"{len(trajectory.logprobs)} entries: expected a prompt, and one mask and logprob for each response token"
+        )
+
+
+def assign_rows(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
+    """Which samples share each row: best-fit decreasing, so rows are at most 11/9 of the fewest possible plus one.
+
+    Longest first; each goes into the fullest row that still has room. Ties go by index, so the result is a function of
+    the lengths alone.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    rows: list[list[int]] = []
+    by_room: list[list[int]] = [[] for _ in range(row_tokens + 1)]  # open rows with exactly this much room
+    for i in order:
+        room = next((r for r in range(lengths[i], row_tokens + 1) if by_room[r]), None)
+        if room is None:
+            rows.append([i])
+            by_room[row_tokens - lengths[i]].append(len(rows) - 1)
+        else:
+            row = by_room[room].pop(0)
+            rows[row].append(i)
+            by_room[room - lengths[i]].append(row)
+    return rows
+
+
+def pack(
+    samples: Sequence[Sample], *, row_tokens: int, rows_per_micro_batch: int, slot_multiple: int, shards: int = 1
+) -> PackedBatch:
+    """Packs samples into micro-batches of `rows_per_micro_batch` rows, spread evenly over `shards` parts of the devices.
+
+    Every micro-batch has the same shapes whatever the samples: the slots can hold every token of a shard's rows, rounded
+    up to `slot_multiple` (the chunk of rl/logprobs.py); `count` says how many are used. Raises ValueError naming the
+    sample when one is longer than a row.
+    """
+    if rows_per_micro_batch % shards:
+        raise ValueError(
+            f"trainer.policy.rows_per_micro_batch {rows_per_micro_batch} must be a multiple of the {shards} parts the mesh "
+            f"splits a batch into (data x fsdp)"
+        )
+    for sample in samples:
+        if len(sample.tokens) > row_tokens:
+            raise ValueError(
+                f"{sample.name}: {len(sample.tokens)} tokens do not fit a row of trainer.policy.row_tokens {row_tokens}; "
+                f"raise it to at least the prompt plus the response (generator.max_input_length + max_generate_length)"
+            )
+    rows = assign_rows([len(s.tokens) for s in samples], row_tokens)
+    micro_batches, owners = [], []
+    for part in _deal(rows, samples, rows_per_micro_batch, shards):
+        arrays, owner = _fill(part, samples, row_tokens, rows_per_micro_batch, slot_multiple)
+        micro_batches.append(arrays)
+        owners.append(owner)
+    return PackedBatch(
+        micro_batches=micro_batches,
+        owners=owners,
+        total_weight=float(sum(m["weights"].sum(dtype=np.float64) for m in micro_batches)),
+        samples=len(samples),
+        tokens=sum(len(s.tokens) for s in samples),
+        trained_tokens=sum(int(m["mask"].sum()) for m in micro_batches),
+        capacity=len(micro_batches) * rows_per_micro_batch * row_tokens,
+    )
+
+
+def _trained_count(sample: Sample) -> int:
+    return int(np.count_nonzero(sample.trained[1:]))
+
+
+def _deal(
+    rows: list[list[int]], samples: Sequence[Sample], rows_per_micro_batch: int, shards: int
+) -> list[list[list[list[int]]]]:
+    """Rows → [micro-batch][shard][row][sample], trained tokens balanced: most first, each to the emptiest with room."""
+    per_shard = rows_per_micro_batch // shards
+    n_parts = -(-len(rows) // rows_per_micro_batch) * shards
+    parts: list[list[list[int]]] = [[] for _ in range(n_parts)]
+    load = [0] * n_parts
+    work = [sum(_trained_count(samples[i]) for i in row) for row in rows]
+    for r in sorted(range(len(rows)), key=lambda r: (-work[r], r)):
+        target = min((p for p in range(n_parts) if len(parts[p]) < per_shard), key=lambda p: (load[p], p))
+        parts[target].append(rows[r])
+        load[target] += work[r]
+    return [parts[i : i + shards] for i in range(0, n_parts, shards)]
+
+
+def _fill(
+    part: list[list[list[int]]], samples: Sequence[Sample], row_tokens: int, n_rows: int, slot_multiple: int
+) -> tuple[Arrays, np.ndarray]:
+    shards = len(part)
+    per_shard = n_rows // shards
+    slots = -(-per_shard * row_tokens // slot_multiple) * slot_multiple
+    rows = {k: np.zeros((n_rows, row_tokens), np.int32) for k in ("tokens", "positions", "segment_ids")}
+    flat: Arrays = {
+        "index": np.zeros((shards, slots), np.int32),
+        "targets": np.zeros((shards, slots), np.int32),
+        "old_logprobs": np.zeros((shards, slots), np.float32),
+        "advantages": np.zeros((shards, slots), np.float32),
+        "weights": np.zeros((shards, slots), np.float32),
+        "mask": np.zeros((shards, slots), bool),
+    }
+    owner = np.full((shards, slots), -1, np.int32)
+    used = [0] * shards
+    for shard, shard_rows in enumerate(part):
+        for r, row in enumerate(shard_rows):
+            start = 0
+            for segment, i in enumerate(row, start=1):
+                sample = samples[i]
+                n = len(sample.tokens)
+                span = (shard * per_shard + r, slice(start, start + n))
+                rows["tokens"][span] = sample.tokens
+                rows["positions"][span] = np.arange(n)
+                rows["segment_ids"][span] = segment
+                at = np.flatnonzero(sample.trained[1:]) + 1  # the token at `at` is predicted one place before
+                to = (shard, slice(used[shard], used[shard] + len(at)))
+                flat["index"][to] = r * row_tokens + start + at - 1
+                flat["targets"][to] = sample.tokens[at]
+                for name in ("old_logprobs", "advantages", "weights"):
+                    flat[name][to] = getattr(sample, name)[at]
+                flat["mask"][to] = True
+                owner[to] = i
+                used[shard] += len(at)
+                start += n
+    return rows | flat | {"count": np.int32(max(used))}, owner

@@ -1,0 +1,86 @@
+"""Questions on disk: what is read back is what was written, and every complaint names file, line and field."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rollout.types import Task
+from sqlrl_jax.data.tasks import DataError, parse_task, read_tasks, write_tasks
+
+GOOD = {"id": "a", "db_id": "d", "question": "How many?", "gold_sql": "SELECT 1"}
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows) + "\n", encoding="utf-8")
+    return path
+
+
+def test_reads_fields_and_keeps_what_it_does_not_know(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.jsonl", {**GOOD, "source": "s", "difficulty": 3}, "", {**GOOD, "id": "b"})
+    first, second = read_tasks(path)
+    assert first == Task("a", "s", {"db_id": "d", "question": "How many?", "gold_sql": "SELECT 1", "difficulty": 3})
+    assert second.source == "mine"
+
+
+@given(
+    st.lists(
+        st.tuples(st.text(min_size=1), st.dictionaries(st.text(min_size=1), st.integers())),
+        min_size=1,
+        unique_by=lambda pair: pair[0].strip(),
+    )
+)
+def test_round_trip(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, dict[str, int]]]) -> None:
+    reserved = {"id", "source", "evidence", "schema", "prompt", *GOOD}
+    tasks = [
+        Task(f"x{name}", "s", {"db_id": "d", "question": name + "?", "gold_sql": "q"} | _without(extra, reserved))
+        for name, extra in rows
+    ]
+    path = tmp_path_factory.mktemp("tasks") / "t.jsonl"
+    write_tasks(path, tasks)
+    assert read_tasks(path) == tasks
+
+
+def _without(extra: dict[str, int], names: set[str]) -> dict[str, int]:
+    return {name: value for name, value in extra.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("{", "not valid JSON"),
+        ([1], "expected a JSON object, found list"),
+        ({**GOOD, "question": None}, "field question: expected text, found NoneType"),
+        ({**GOOD, "gold_sql": "  "}, "field gold_sql is empty"),
+        ({**GOOD, "schema": 3}, "field schema: expected text, found int"),
+        ({"id": "b", "db_id": "d", "question": "q"}, "field gold_sql is missing"),
+        (GOOD, "field id: 'a' was already used in line 1"),
+    ],
+)
+def test_complaints_name_file_line_and_field(tmp_path: Path, row: Any, said: str) -> None:
+    path = write(tmp_path / "t.jsonl", GOOD, row)
+    with pytest.raises(DataError) as caught:
+        read_tasks(path)
+    assert str(caught.value).startswith(f"{path}:2: ")
+    assert said in str(caught.value)
+
+
+def test_missing_and_empty_files(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        read_tasks(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match="holds no questions"):
+        read_tasks(write(tmp_path / "empty.jsonl", ""))
+
+
+def test_prompt_may_be_messages() -> None:
+    prompt = [{"role": "user", "content": "hi"}]
+    assert parse_task(json.dumps({**GOOD, "prompt": prompt}), "f:1").fields["prompt"] == prompt
+
+
+def test_reads_the_real_questions(shared_dir: Path) -> None:
+    tasks = read_tasks(shared_dir / "data" / "devset" / "questions.jsonl")
+    assert len(tasks) == 6653
+    assert tasks[0].source == "spider-train"

@@ -40,7 +40,15 @@ class State(enum.IntEnum):
 
 
 class StaleLearner(Refused):
-    """The caller's learner has been replaced, or is not the one whose push this is."""
+    """The caller's learner has been replaced by a later start, or another run is pushing. Trying again does not help."""
+
+    code = "PERMISSION_DENIED"
+
+
+class NotOpen(Refused):
+    """The push was never begun, its lease has ended or a later one replaced it. Begin again."""
+
+    code = "ABORTED"
 
 
 class Corrupt(Refused):
@@ -170,14 +178,14 @@ class Receiver:
         return self.missing()
 
     def frame(self, data: bytes) -> bool:
-        """Stages one frame; False when it had come before. Raises Corrupt, StaleLearner, BadManifest."""
+        """Stages one frame; False when it had come before. Raises Corrupt, NotOpen, BadManifest."""
         self._expire()
         try:
             frame = frames.decode(data)
         except frames.FrameError as error:
             raise Corrupt(str(error)) from None
         if self.staging is None or frame.push_id != self.staging.push_id or self._state is State.APPLYING:
-            raise StaleLearner(f"{frame.place}: this push is not open; call Begin again")
+            raise NotOpen(f"{frame.place}: this push is not open; call Begin again")
         part, name = self._part(frame)
         self._renew()
         end = frame.offset + frame.payload.nbytes
@@ -288,7 +296,7 @@ class Receiver:
 
     def _require_open(self, key: Key) -> None:
         if self.staging != key:
-            raise StaleLearner(f"{key} is not the open push ({self.staging or 'none is open'}); call Begin again")
+            raise NotOpen(f"{key} is not the open push ({self.staging or 'none is open'}); call Begin again")
 
     def _part(self, frame: frames.Frame) -> tuple[_Part, str]:
         if frame.tensor >= len(self._parts) or frame.slice >= len(self._parts[frame.tensor]):

@@ -74,10 +74,10 @@ class Stub:
             raise explain(self.address, error) from None
         return reply
 
-    def healthy(self, timeout: float = 2.0) -> bool:
-        """Whether the service answers that it is serving (with weights or still without)."""
+    def healthy(self, timeout: float = 2.0, *, wait: bool = False) -> bool:
+        """Whether the service answers that it is serving (with weights or still without); `wait` gives it all of `timeout`."""
         try:
-            reply = self._health(health_pb2.HealthCheckRequest(), timeout=timeout)
+            reply = self._health(health_pb2.HealthCheckRequest(), timeout=timeout, wait_for_ready=wait)
         except grpc.RpcError:
             return False
         return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)

@@ -82,7 +82,9 @@ class ServiceProcess:
     def last_lines(self) -> str:
         """The end of the log, for error messages."""
         try:
-            text = self._log_file.read_text(encoding="utf-8", errors="replace")
+            with self._log_file.open("rb") as log:
+                log.seek(max(0, self._log_file.stat().st_size - 65536))
+                text = log.read().decode(errors="replace")
         except OSError as error:
             return f"(log {self._log_file}: {error.strerror})"
         return "\n".join("    " + line for line in text.splitlines()[-LOG_LINES:])

@@ -1,0 +1,349 @@
+"""The rollout service: one engine behind the bridge's gRPC methods, in a process of its own.
+
+One event loop runs the episodes, the calls and the receiver of weights; whatever blocks (the engine's weights, the
+environments) runs in threads. A client that goes away takes its episodes with it. Left out until they are needed: TLS and
+tokens (so only loopback addresses), several engines in one process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from rollout import bridge_pb2 as pb
+from rollout import wire
+from rollout.channel import METHODS, OPTIONS, SERVICE, grpc, require_loopback
+from rollout.engine.base import Engine
+from rollout.errors import UserError
+from rollout.manifest import Refused, Slice
+from rollout.receiver import Key, Range, Receiver
+from rollout.types import SamplingParams, Task, Trajectory
+
+if TYPE_CHECKING:
+    from sqlrl_jax.config import Config
+
+_log = logging.getLogger(__name__)
+HEARTBEAT_SECONDS = 1.0
+STOP_SECONDS = 10.0
+
+# (tasks, n_samples, sampling, seed, max_turns, on_trajectory) → plays the batch; cancelling it frees the engine.
+Player = Callable[[list[Task], int, SamplingParams, int, int, Callable[[Trajectory], None]], Awaitable[object]]
+
+
+class RolloutService:
+    """The bridge's methods around `engine`; `play` runs a batch of episodes on it."""
+
+    def __init__(self, engine: Engine, play: Player, clock: Callable[[], float] = time.monotonic) -> None:
+        self._engine, self._play = engine, play
+        live = Key("", 0, engine.version) if engine.version >= 0 else None  # weights that it was started with
+        self._receiver = Receiver(engine.manifest(), clock, live)
+        self._applying = asyncio.Lock()
+        self._jobs: dict[asyncio.Task[object], str] = {}  # running batches → the run that asked
+        self._pause = 0.0
+
+    async def rollout(self, request: pb.RolloutRequest, context: Any) -> AsyncIterator[pb.RolloutEvent]:
+        arrived: asyncio.Queue[Trajectory | None] = asyncio.Queue()
+        job = await self._start(request, context, arrived.put_nowait)
+        job.add_done_callback(lambda _: arrived.put_nowait(None))
+        finished, beat, wanted = 0, 0.0, len(request.tasks) * request.n_samples
+        try:
+            while True:
+                now = time.monotonic()
+                if now - beat >= HEARTBEAT_SECONDS:
+                    yield self._progress(wanted - finished, finished)
+                    beat = now
+                try:
+                    trajectory = await asyncio.wait_for(arrived.get(), HEARTBEAT_SECONDS)
+                except TimeoutError:
+                    continue
+                if trajectory is None:
+                    break
+                finished += 1
+                yield pb.RolloutEvent(trajectory=wire.trajectory_to_proto(trajectory))
+            await self._settle(job, context)
+            yield pb.RolloutEvent(finished=pb.Finished(trajectories=finished, stats=self._engine.stats()))
+        finally:  # also when the client has gone
+            job.cancel()
+            await asyncio.gather(job, return_exceptions=True)
+
+    async def begin(self, request: pb.BeginRequest, context: Any) -> pb.PushState:
+        key = _key(request.weights)
+        others = {run for run in self._jobs.values() if run and run != key.run}
+        if others:
+            raise Refused(f"{key} is refused: run {others.pop()!r} is using this service")
+        manifest = [wire.spec_from_proto(spec) for spec in request.manifest]
+        slices = [[Slice(tuple(s.start), tuple(s.size)) for s in spec.slices] for spec in request.manifest]
+        async with self._applying:
+            missing = self._receiver.begin(key, manifest, slices, request.lease_seconds)
+        return self._state(key, missing)
+
+    async def push(self, requests: AsyncIterator[bytes], context: Any) -> pb.PushReply:
+        reply = pb.PushReply()
+        async for data in requests:
+            reply.duplicates += not self._receiver.frame(data)
+            reply.frames += 1
+            reply.bytes += len(data)
+        return reply
+
+    async def commit(self, request: pb.CommitRequest, context: Any) -> pb.PushState:
+        key = _key(request.weights)
+        if request.phase not in (pb.PREPARE, pb.APPLY):
+            raise Refused("commit: phase must be PREPARE or APPLY")
+        async with self._applying:  # a repeated call waits for the first and finds its result
+            if request.phase == pb.PREPARE:
+                self._receiver.prepare(key)
+            else:
+                await self._apply(key)
+        return self._state(key, [])
+
+    async def abort(self, request: pb.AbortRequest, context: Any) -> pb.PushState:
+        key = _key(request.weights)
+        async with self._applying:
+            self._receiver.abort(key)
+        return self._state(key, [])
+
+    async def status(self, request: pb.StatusRequest, context: Any) -> pb.StatusReply:
+        receiver = self._receiver
+        return pb.StatusReply(
+            state=receiver.state.name,
+            live=_proto(receiver.live),
+            staging=_proto(receiver.staging),
+            received_bytes=receiver.received_bytes,
+            total_bytes=receiver.total_bytes,
+            quarantine_reason=receiver.quarantine,
+            active_requests=len(self._jobs),
+            stats=self._engine.stats(),
+            pid=os.getpid(),
+        )
+
+    def close(self) -> None:
+        for job in self._jobs:
+            job.cancel()
+
+    async def _start(
+        self, request: pb.RolloutRequest, context: Any, on_trajectory: Callable[[Trajectory], None]
+    ) -> asyncio.Task[object]:
+        tasks = [wire.task_from_proto(task) for task in request.tasks]
+        sampling = wire.sampling_from_proto(request.sampling)
+        if not tasks or request.n_samples < 1 or request.max_turns < 1:
+            raise wire.WireError("rollout: at least one task, n_samples of 1 and max_turns of 1 are needed")
+        weights = _key(request.weights)
+        async with self._applying:
+            self._receiver.require_live(weights.run, weights.epoch, weights.version)
+            batch = self._play(tasks, request.n_samples, sampling, request.seed, request.max_turns, on_trajectory)
+            job: asyncio.Task[object] = asyncio.ensure_future(batch)
+            self._jobs[job] = weights.run
+            job.add_done_callback(lambda done: self._jobs.pop(done, None))
+        return job
+
+    async def _settle(self, job: asyncio.Task[object], context: Any) -> None:
+        """After the last episode: passes on what ended the batch, if it was not its own end."""
+        if job.cancelled():
+            raise Refused(self._receiver.quarantine or "the service is stopping")
+        error = job.exception()
+        if error is not None:
+            _log.error("a batch of episodes failed", exc_info=error)
+            await context.abort(grpc.StatusCode.INTERNAL, f"the batch failed: {type(error).__name__}: {error}")
+
+    async def _apply(self, key: Key) -> None:
+        tensors = self._receiver.start_apply(key)
+        if tensors is None:
+            return
+        try:
+            self._pause = await asyncio.to_thread(self._swap, tensors, key.version)
+        except Exception as error:
+            _log.exception("weights could not be applied")
+            self._receiver.finish_apply(f"{type(error).__name__}: {error}")
+            for job in list(self._jobs):  # they would go on with weights that nobody knows
+                job.cancel()
+            raise Refused(self._receiver.quarantine) from error
+        self._receiver.finish_apply()
+
+    def _swap(self, tensors: dict[str, Any], version: int) -> float:
+        """Replaces the engine's weights between two decoding steps; returns the seconds without generation."""
+        self._engine.pause()
+        paused = time.monotonic()
+        try:
+            self._engine.apply_weights(tensors, version)
+        finally:
+            self._engine.resume()
+        return time.monotonic() - paused
+
+    def _progress(self, active: int, finished: int) -> pb.RolloutEvent:
+        tokens = int(self._engine.stats().get("generated_tokens", 0))
+        return pb.RolloutEvent(progress=pb.Progress(active=active, finished=finished, tokens=tokens))
+
+    def _state(self, key: Key, missing: list[Range]) -> pb.PushState:
+        return pb.PushState(
+            state=self._receiver.state.name,
+            push_id=key.push_id,
+            missing=[pb.ByteRange(tensor=r.tensor, slice=r.slice, offset=r.offset, length=r.length) for r in missing],
+            received_bytes=self._receiver.received_bytes,
+            pause_seconds=self._pause,
+        )
+
+
+def _key(message: pb.WeightsKey) -> Key:
+    return Key(message.run, message.epoch, message.version)
+
+
+def _proto(key: Key | None) -> pb.WeightsKey | None:
+    return None if key is None else pb.WeightsKey(run=key.run, epoch=key.epoch, version=key.version)
+
+
+async def _refuse(error: Exception, context: Any) -> None:
+    code = error.code if isinstance(error, Refused) else "INVALID_ARGUMENT"
+    await context.abort(grpc.StatusCode[code], str(error))
+
+
+def _handler(name: str, function: Callable[..., Any]) -> Any:
+    """Registers `function`; what it refuses becomes a gRPC status with the message."""
+    method = METHODS[name]
+
+    async def answer(request: Any, context: Any) -> Any:
+        try:
+            return await function(request, context)
+        except (Refused, wire.WireError) as error:
+            await _refuse(error, context)
+
+    async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
+        try:
+            async with contextlib.aclosing(function(request, context)) as events:
+                async for event in events:
+                    yield event
+        except (Refused, wire.WireError) as error:
+            await _refuse(error, context)
+
+    codecs = {
+        "request_deserializer": method.request.FromString if method.request else None,
+        "response_serializer": method.reply.SerializeToString if method.reply else None,
+    }
+    if method.streams_out:
+        return grpc.unary_stream_rpc_method_handler(stream, **codecs)
+    if method.streams_in:
+        return grpc.stream_unary_rpc_method_handler(answer, **codecs)
+    return grpc.unary_unary_rpc_method_handler(answer, **codecs)
+
+
+async def start(service: RolloutService, listen: str) -> tuple[Any, str]:
+    """Starts the gRPC server in this event loop; returns it and `host:port`. Raises UserError."""
+    require_loopback(listen)
+    server = grpc.aio.server(options=OPTIONS)
+    functions: dict[str, Callable[..., Any]] = {
+        "Rollout": service.rollout,
+        "Begin": service.begin,
+        "Push": service.push,
+        "Commit": service.commit,
+        "Abort": service.abort,
+        "Status": service.status,
+    }
+    handlers = {name: _handler(name, function) for name, function in functions.items()}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    healthy = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError:
+        raise UserError(f"bridge.listen {listen!r}: the port is in use or the address is not this machine's") from None
+    await server.start()
+    for name in ("", SERVICE):
+        await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
+    return server, f"{listen.rpartition(':')[0]}:{port}"
+
+
+async def serve(
+    engine: Engine, play: Player, listen: str, *, port_file: str | None = None, supervised: bool = False
+) -> None:
+    """Serves until SIGTERM, Ctrl-C or, when supervised, until whoever holds the other end of standard input is gone.
+
+    Prints one line with the address, and writes the address to `port_file`, once calls are taken.
+    """
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def stop(number: int) -> None:
+        if stopping.is_set():  # asked twice: now
+            os._exit(128 + number)
+        stopping.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop, number)
+    service = RolloutService(engine, play)
+    server, address = await start(service, listen)
+    if supervised:
+        threading.Thread(target=_watch_parent, args=(loop, stopping), name="parent", daemon=True).start()
+    if port_file:
+        partial = Path(port_file + ".partial")
+        partial.write_text(address)
+        partial.replace(port_file)
+    print(f"rollout service listening on {address}", flush=True)
+    await stopping.wait()
+    service.close()
+    await server.stop(grace=1.0)
+
+
+def _watch_parent(loop: asyncio.AbstractEventLoop, stopping: asyncio.Event) -> None:
+    """Stops the service when its standard input closes: the process that started it has died."""
+    while os.read(0, 4096):
+        continue
+    loop.call_soon_threadsafe(stopping.set)
+    time.sleep(STOP_SECONDS)  # a daemon thread: an orderly stop ends it here
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)  # workers too
+    os._exit(1)
+
+
+def main(config: Config, port_file: str | None = None) -> int:
+    """`launch.py serve`. A service given a port file belongs to the process that gave it, and stops when that one dies."""
+    require_loopback(config.bridge.listen)  # before a model is loaded for nothing
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s")
+    with contextlib.ExitStack() as stack:
+        engine, play = _build(config, stack)
+        supervised = port_file is not None
+        asyncio.run(serve(engine, play, config.bridge.listen, port_file=port_file, supervised=supervised))
+    return 0
+
+
+def _build(config: Config, stack: contextlib.ExitStack) -> tuple[Engine, Player]:
+    """The engine and the episodes that `config` describes; `stack` closes them."""
+    from rollout.chat import Chat, load_tokenizer
+    from rollout.engine.embedded import EmbeddedEngine
+    from rollout.environment import make_environment_factory
+    from rollout.episode import EpisodeSettings, run_batch
+
+    generator = config.generator
+    chat = Chat(
+        load_tokenizer(config.trainer.policy.model.path),
+        conversation=generator.use_conversation_multi_turn,
+        append_eos=generator.append_eos_token_after_stop_str_in_multi_turn,
+    )
+    factory = make_environment_factory(config)
+    engine = EmbeddedEngine(config)
+    stack.callback(engine.close)
+    pool = stack.enter_context(ThreadPoolExecutor(64, thread_name_prefix="environment"))
+
+    def play(
+        tasks: list[Task],
+        n_samples: int,
+        sampling: SamplingParams,
+        seed: int,
+        max_turns: int,
+        on_trajectory: Callable[[Trajectory], None],
+    ) -> Awaitable[object]:
+        settings = EpisodeSettings(max_turns, generator.max_input_length, config.trainer.max_prompt_length)
+        return run_batch(tasks, n_samples, engine, factory, chat, settings, sampling, seed, on_trajectory, pool)
+
+    return engine, play

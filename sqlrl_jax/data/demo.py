@@ -26,7 +26,7 @@ from rollout.types import Task
 from sqlrl_jax.config import DemoConfig
 from sqlrl_jax.data.demo_questions import KINDS, Question, draw_kind, draw_question
 from sqlrl_jax.data.demo_schema import Database, build, make_database
-from sqlrl_jax.data.demo_script import Episode, Player, play, run_query
+from sqlrl_jax.data.demo_script import Episode, Player, Rows, play, run_query
 from sqlrl_jax.data.tasks import DataError, read_tasks, write_tasks
 
 FORMAT = 1  # raise it when the same parameters give other data
@@ -60,7 +60,7 @@ class Item:
     database: Database
     question: Question
     connection: sqlite3.Connection
-    gold: list[tuple[object, ...]]
+    gold: Rows
 
 
 def items(parameters: Parameters, split: str) -> Iterator[Item]:
@@ -83,7 +83,7 @@ def items(parameters: Parameters, split: str) -> Iterator[Item]:
             kind = draw_kind(rng)
             for _ in range(DRAWS):  # a kind that a database has no more questions of gives way to another
                 question = draw_question(database, kind, rng)
-                gold = _usable(database, question, connection)
+                gold = _answer(database, question, connection)
                 if gold is not None and question.text() not in seen:
                     seen.add(question.text())
                     yield Item(_task(database, question, f"{db_id}-{len(seen)}"), database, question, connection, gold)
@@ -91,18 +91,13 @@ def items(parameters: Parameters, split: str) -> Iterator[Item]:
         connection.close()
 
 
-def _usable(database: Database, question: Question, connection: sqlite3.Connection) -> list[tuple[object, ...]] | None:
-    """The gold rows, or None for a question whose answer is empty or which a guess gets right by luck."""
+def _answer(database: Database, question: Question, connection: sqlite3.Connection) -> Rows | None:
+    """The gold rows, or None where the answer is nothing, NULL or 0: what a query that misses would give too."""
     gold, _ = run_query(connection, question.gold(database.parent))
-    if not gold or any(cell is None or cell == 0 for cell in gold[0]):
-        return None
-    guess, _ = run_query(connection, question.guess(database.parent))
-    tied = question.kind == "tie" and len(gold) > 1
-    hides = bool(question.hidden()) or tied
-    return None if same(guess, gold) == hides else gold
+    return None if not gold or gold[0][0] in (None, 0) else gold
 
 
-def same(rows: list[tuple[object, ...]], gold: list[tuple[object, ...]]) -> bool:
+def same(rows: Rows, gold: Rows) -> bool:
     """Equal as multisets: what the environment's grader says of the few forms of answers that scripts give."""
     return Counter(rows) == Counter(gold)
 

@@ -117,6 +117,20 @@ def test_knowing_only_a_part_of_what_is_hidden_is_not_enough() -> None:
     assert seen["both"] > 10
 
 
+def test_ties_for_the_highest_and_the_lowest_are_as_common_as_none() -> None:
+    seen: dict[str, list[bool]] = {"highest": [], "lowest": []}
+    for item in items(PARAMETERS, "train"):
+        if item.question.kind == "tie":
+            seen[item.question.aggregate].append(len(item.gold) > 1)
+            assert len(set(item.gold)) == len(item.gold)  # also a set would tell one row from all
+    assert all(0.3 < sum(tied) / len(tied) < 0.7 for tied in seen.values())
+
+
+def test_answers_compare_as_multisets() -> None:
+    assert same([(1,), (2,), (1,)], [(2,), (1,), (1,)])
+    assert not same([(1,), (2,)], [(2,), (1,), (1,)])
+
+
 def test_prompt_hides_spelling_and_names() -> None:
     for item in items(PARAMETERS, "heldout"):
         prompt = prompt_text(item.task)

@@ -104,9 +104,12 @@ def read_run(run_dir: Path) -> RunData:
         _sort_entries(run, _checked(entries, metrics_file))
     if not run.train and not run.main_evals:
         run.notes.append("No step has finished yet: there is nothing to show but the configuration.")
-    starts = run_dir / ".starts"
-    if starts.exists() and (count := starts.read_text().strip()) not in ("", "1"):
-        run.notes.append(f"The run was started {count} times; the wall time includes the pauses between.")
+    starts = run_dir / ".starts.json"
+    counted = episodes.read_lines(starts)[0] if starts.exists() else []
+    if counted and _number(counted[0], "starts", 1) > 1:
+        run.notes.append(
+            f"The run was started {counted[0]['starts']} times; the wall time includes the pauses between."
+        )
     return run
 
 

@@ -216,6 +216,12 @@ def test_values_that_are_not_numbers_are_gaps(tmp_path: Path) -> None:
     assert not any(re.search(r"[ \"](?:nan|inf)", re.sub(r'aria-label="[^"]*"', "", d)) for d in drawings)
 
 
+def test_resumed_run_says_that_its_time_has_pauses(tmp_path: Path) -> None:
+    write_lines(tmp_path / "metrics.jsonl", [{"kind": "train", "step": 1}])
+    (tmp_path / ".starts.json").write_text('{"id": "a", "starts": 3}')
+    assert "The run was started 3 times" in page_of(tmp_path)[1].text
+
+
 def test_repeated_step_counts_once(tmp_path: Path) -> None:
     rng = random.Random(0)
     write_lines(tmp_path / "metrics.jsonl", [train_entry(s, 9, rng) for s in (1, 2, 3, 2, 3, 4)])

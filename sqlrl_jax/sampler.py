@@ -16,26 +16,29 @@ Left out: top-k and penalties (no recipe uses them), paged attention (an acceler
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend.random import threefry2x32_p
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from sqlrl_jax.model.attention import MASKED
 from sqlrl_jax.model.config import ModelConfig
-from sqlrl_jax.model.decoder import Compute, embed, final_norm, rope_table, run_layers, unembedding
+from sqlrl_jax.model.decoder import final_norm, finish_block, project_qkv, rope_table, unembedding, unstack_layers
 from sqlrl_jax.model.params import Params
 
 _MAX_DRAWS = 256  # a row that never hits its top-p set in so many draws takes the likeliest token
 
 
-class Cache(NamedTuple):
-    """Keys and values of every slot; positions beyond a sequence's length hold anything finite."""
+class LayerCache(NamedTuple):
+    """One layer's keys and values of every slot; positions beyond a sequence's length hold anything finite."""
 
-    k: Float[Array, "L slots KV T h"]
-    v: Float[Array, "L slots KV T h"]
+    k: Float[Array, "slots KV T h"]
+    v: Float[Array, "slots KV T h"]
+
+
+Cache = tuple[LayerCache, ...]
 
 
 class Rows(NamedTuple):
@@ -61,152 +64,165 @@ class Decoded(NamedTuple):
     new: Cache
 
 
+@partial(jax.jit, static_argnames=("config", "dtype"))
+def prepare(config: ModelConfig, params: Params, dtype: str) -> Params:
+    """The parameters as decoding wants them: a list of layers and an output matrix of its own, in `dtype`.
+
+    Slices of stacked layers would be copied in every step of the decoding loop. (Joining q, k and v into one matrix was
+    tried and is slower on a CPU: taking the product apart costs more than it saves.)
+    """
+    cast = jax.tree.map(lambda x: x.astype(dtype), params)
+    return {
+        "embedding": cast["embedding"],
+        "final_norm": cast["final_norm"],
+        "layers": unstack_layers(cast["layers"], config.num_hidden_layers),
+        "lm_head": unembedding(cast),
+    }
+
+
+@partial(jax.jit, static_argnames=("config", "slots", "length", "dtype"))
 def make_cache(config: ModelConfig, slots: int, length: int, dtype: str) -> Cache:
     """An empty cache."""
-    shape = (config.num_hidden_layers, slots, config.num_key_value_heads, length, config.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    shape = (slots, config.num_key_value_heads, length, config.head_dim)
+    return tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers))
+
+
+@partial(jax.jit, static_argnames=("slots", "length"), donate_argnums=0)
+def grow_cache(cache: Cache, slots: int, length: int) -> Cache:
+    """The same cache with room for more sequences or longer ones."""
+
+    def grow(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, slots - x.shape[0]), (0, 0), (0, length - x.shape[2]), (0, 0)))
+
+    return jax.tree.map(grow, cache)
 
 
 @partial(jax.jit, static_argnames="length")
 def take(cache: Cache, slots: Int[Array, " B"], length: int) -> Cache:
-    """Copies of the first `length` positions of these slots. Row by row, because XLA's gather is slow on a CPU."""
+    """Copies of the first `length` positions of these slots."""
 
-    def one(source: jax.Array) -> jax.Array:
-        layers, _, heads, _, dim = source.shape
-        out = jnp.zeros((layers, slots.shape[0], heads, length, dim), source.dtype)
+    def one(x: jax.Array) -> jax.Array:
+        window = (1, x.shape[1], length, x.shape[3])
+        return jax.vmap(lambda slot: jax.lax.dynamic_slice(x, (slot, 0, 0, 0), window)[0])(slots)
 
-        def copy(row: int, out: jax.Array) -> jax.Array:
-            part = jax.lax.dynamic_slice(source, (0, slots[row], 0, 0, 0), (layers, 1, heads, length, dim))
-            return jax.lax.dynamic_update_slice(out, part, (0, row, 0, 0, 0))
-
-        return jax.lax.fori_loop(0, slots.shape[0], copy, out)
-
-    return Cache(one(cache.k), one(cache.v))
+    return jax.tree.map(one, cache)
 
 
 @partial(jax.jit, donate_argnums=0)
 def put(cache: Cache, new: Cache, slots: Int[Array, " B"], starts: Int[Array, " B"], rows: Int[Array, ""]) -> Cache:
     """Writes the first `rows` rows of `new` into their slots, from position `starts` on.
 
-    What would lie beyond the end of the cache is padding and is dropped.
+    What would lie beyond the end of the cache is padding and is dropped. Row by row: XLA's scatter is slow on a CPU.
     """
-    length, size = cache.k.shape[3], new.k.shape[3]
-    if size > length:
-        new = Cache(new.k[:, :, :, :length], new.v[:, :, :, :length])
-        size = length
+    length = cache[0].k.shape[2]
+    size = min(new[0].k.shape[2], length)
 
-    def one(target: jax.Array, source: jax.Array) -> jax.Array:
-        window = (target.shape[0], 1, target.shape[2], size, target.shape[4])
+    def write(row: int, cache: Cache) -> Cache:
+        start = jnp.minimum(starts[row], length - size)
+        shift = starts[row] - start
+        keep = jnp.arange(size)[:, None] < shift
 
-        def write(row: int, target: jax.Array) -> jax.Array:
-            start = jnp.minimum(starts[row], length - size)
-            shift = starts[row] - start
-            part = jax.lax.dynamic_slice(source, (0, row, 0, 0, 0), window)
-            old = jax.lax.dynamic_slice(target, (0, slots[row], 0, start, 0), window)
-            keep = jnp.arange(size)[:, None] < shift
-            return jax.lax.dynamic_update_slice(
-                target, jnp.where(keep, old, jnp.roll(part, shift, axis=3)), (0, slots[row], 0, start, 0)
-            )
+        def one(target: jax.Array, source: jax.Array) -> jax.Array:
+            window = (1, target.shape[1], size, target.shape[3])
+            place = (slots[row], 0, start, 0)
+            part = jnp.roll(jax.lax.dynamic_slice(source, (row, 0, 0, 0), window), shift, axis=2)
+            old = jax.lax.dynamic_slice(target, place, window)
+            return jax.lax.dynamic_update_slice(target, jnp.where(keep, old, part), place)
 
-        return jax.lax.fori_loop(0, rows, write, target)
+        return jax.tree.map(one, cache, new)
 
-    return Cache(one(cache.k, new.k), one(cache.v, new.v))
+    return jax.lax.fori_loop(0, rows, write, cache)
 
 
-@partial(jax.jit, donate_argnums=0)
-def copy_rows(cache: Cache, sources: Int[Array, " N"], targets: Int[Array, " N"], rows: Int[Array, ""]) -> Cache:
-    """Copies whole slots, the first `rows` pairs: what samples of one prompt share."""
+@partial(jax.jit, static_argnames="length", donate_argnums=0)
+def copy_rows(
+    cache: Cache, sources: Int[Array, " N"], targets: Int[Array, " N"], rows: Int[Array, ""], length: int
+) -> Cache:
+    """Copies the first `length` positions from slot to slot, for the first `rows` pairs: samples of one prompt."""
 
-    def one(buffer: jax.Array) -> jax.Array:
-        window = (buffer.shape[0], 1, *buffer.shape[2:])
+    def copy(row: int, cache: Cache) -> Cache:
+        def one(x: jax.Array) -> jax.Array:
+            part = jax.lax.dynamic_slice(x, (sources[row], 0, 0, 0), (1, x.shape[1], length, x.shape[3]))
+            return jax.lax.dynamic_update_slice(x, part, (targets[row], 0, 0, 0))
 
-        def copy(row: int, buffer: jax.Array) -> jax.Array:
-            part = jax.lax.dynamic_slice(buffer, (0, sources[row], 0, 0, 0), window)
-            return jax.lax.dynamic_update_slice(buffer, part, (0, targets[row], 0, 0, 0))
+        return jax.tree.map(one, cache)
 
-        return jax.lax.fori_loop(0, rows, copy, buffer)
-
-    return Cache(one(cache.k), one(cache.v))
+    return jax.lax.fori_loop(0, rows, copy, cache)
 
 
-@partial(jax.jit, static_argnames=("config", "compute"))
+@partial(jax.jit, static_argnames="config")
 def extend(
-    config: ModelConfig,
-    compute: Compute,
-    params: Params,
-    view: Cache,
-    tokens: Int[Array, "B S"],
-    lengths: Int[Array, " B"],
+    config: ModelConfig, params: Params, view: Cache, tokens: Int[Array, "B S"], lengths: Int[Array, " B"]
 ) -> Cache:
     """Keys and values of `tokens`, which follow the first `lengths` positions of each row of `view`."""
     batch, size = tokens.shape
     heads, dim = config.num_key_value_heads, config.head_dim
-    cached = jnp.arange(view.k.shape[3])[None, :] < lengths[:, None]
+    cached = jnp.arange(view[0].k.shape[2])[None, :] < lengths[:, None]
     causal = jnp.tril(jnp.ones((size, size), bool))
     mask = jnp.concatenate(
-        [jnp.broadcast_to(cached[:, None], (batch, size, cached.shape[1])), jnp.broadcast_to(causal, (batch, size, size))],
+        [
+            jnp.broadcast_to(cached[:, None], (batch, size, cached.shape[1])),
+            jnp.broadcast_to(causal, (batch, size, size)),
+        ],
         axis=-1,
     )
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, slot: Cache) -> tuple[jax.Array, Cache]:
-        new = Cache(k.swapaxes(1, 2), v.swapaxes(1, 2))  # [B KV S h]
-        keys = jnp.concatenate([slot.k, new.k.astype(slot.k.dtype)], axis=2)
-        values = jnp.concatenate([slot.v, new.v.astype(slot.v.dtype)], axis=2)
+    def attend(q: jax.Array, old: LayerCache, new: LayerCache) -> jax.Array:
+        keys, values = (jnp.concatenate(pair, axis=2) for pair in zip(old, new, strict=True))
         q = q.reshape(batch, size, heads, -1, dim)
         scores = jnp.einsum("bskgh,bkth->bkgst", q, keys, preferred_element_type=jnp.float32) * dim**-0.5
         weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1).astype(values.dtype)
-        return jnp.einsum("bkgst,bkth->bskgh", weights, values).reshape(batch, size, -1, dim), new
+        return jnp.einsum("bkgst,bkth->bskgh", weights, values).reshape(batch, size, -1, dim)
 
-    positions = lengths[:, None] + jnp.arange(size)
-    x = embed(params, tokens, compute)
-    _, new = run_layers(config, params["layers"], x, rope_table(config, positions), attend, view, compute)
-    return new
+    x = jnp.take(params["embedding"], tokens, axis=0)
+    rope = rope_table(config, lengths[:, None] + jnp.arange(size))
+    result = []
+    for layer, old in zip(params["layers"], view, strict=True):
+        q, k, v = project_qkv(config, layer, x, rope)
+        result.append(LayerCache(k.swapaxes(1, 2), v.swapaxes(1, 2)))
+        x = finish_block(config, layer, x, attend(q, old, result[-1]))
+    return tuple(result)
 
 
-@partial(jax.jit, static_argnames=("config", "compute", "chunk"))
+@partial(jax.jit, static_argnames=("config", "chunk"))
 def decode(
-    config: ModelConfig,
-    compute: Compute,
-    params: Params,
-    view: Cache,
-    rows: Rows,
-    end_ids: Int[Array, " E"],
-    chunk: int,
+    config: ModelConfig, params: Params, view: Cache, rows: Rows, end_ids: Int[Array, " E"], chunk: int
 ) -> Decoded:
     """Samples up to `chunk` tokens for every row, in one compiled loop.
 
     A row is done at its limit or after one of `end_ids` (-1 fills the array up); the loop ends when all rows are.
     """
-    layers, batch, heads, length, dim = view.k.shape
+    batch, heads, length, dim = view[0].k.shape
     cached = jnp.arange(length)[None, :] < rows.length[:, None]
-    head = unembedding(params).astype(compute.dtype)
-    buffer = jnp.zeros((layers, batch, heads, chunk, dim), view.k.dtype)
 
-    def step(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        i, token, done, count, tokens, logprobs, k_new, v_new = state
-        position = rows.length + i
+    def forward(i: jax.Array, token: jax.Array, buffers: Cache) -> tuple[jax.Array, Cache]:
         fresh = jnp.arange(chunk) <= i
-
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array, slot: tuple[Cache, Cache]) -> tuple[jax.Array, Cache]:
-            old, new = slot
-            new = Cache(
-                jax.lax.dynamic_update_slice(new.k, k.swapaxes(1, 2).astype(new.k.dtype), (0, 0, i, 0)),
-                jax.lax.dynamic_update_slice(new.v, v.swapaxes(1, 2).astype(new.v.dtype), (0, 0, i, 0)),
+        x = jnp.take(params["embedding"], token[:, None], axis=0)
+        rope = rope_table(config, (rows.length + i)[:, None])
+        result = []
+        for layer, old, buffer in zip(params["layers"], view, buffers, strict=True):
+            q, k, v = project_qkv(config, layer, x, rope)
+            result.append(
+                LayerCache(
+                    jax.lax.dynamic_update_slice(buffer.k, k.swapaxes(1, 2), (0, 0, i, 0)),
+                    jax.lax.dynamic_update_slice(buffer.v, v.swapaxes(1, 2), (0, 0, i, 0)),
+                )
             )
-            q = q.reshape(batch, heads, -1, dim) * dim**-0.5
-            return _attend_two(q, old, new, cached, fresh).reshape(batch, 1, -1, dim), new
+            attended = _attend_two(q.reshape(batch, heads, -1, dim), old, result[-1], cached, fresh)
+            x = finish_block(config, layer, x, attended.reshape(batch, 1, -1, dim))
+        return (final_norm(config, params, x[:, 0]) @ params["lm_head"]).astype(jnp.float32), tuple(result)
 
-        x = embed(params, token[:, None], compute)
-        rope = rope_table(config, position[:, None])
-        carried = (view, Cache(k_new, v_new))
-        x, new = run_layers(config, params["layers"], x, rope, attend, carried, compute)
-        logits = (final_norm(config, params, x[:, 0]) @ head).astype(jnp.float32)
-        sampled, logprob = sample(logits, rows.seed, (position + 1).astype(jnp.uint32), rows.temperature, rows.top_p)
+    def step(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        i, token, done, count, tokens, logprobs, buffers = state
+        logits, buffers = forward(i, token, buffers)
+        position = (rows.length + i + 1).astype(jnp.uint32)
+        sampled, logprob = sample(logits, rows.seed, position, rows.temperature, rows.top_p)
         token = jnp.where(done, token, sampled)
         count = count + ~done
         done = done | (count >= rows.limit) | jnp.any(sampled[:, None] == end_ids, axis=-1)
-        return i + 1, token, done, count, tokens.at[i].set(token), logprobs.at[i].set(logprob), new.k, new.v
+        return i + 1, token, done, count, tokens.at[i].set(token), logprobs.at[i].set(logprob), buffers
 
+    empty = jnp.zeros((batch, heads, chunk, dim), view[0].k.dtype)
     start = (
         jnp.int32(0),
         rows.token,
@@ -214,21 +230,21 @@ def decode(
         jnp.zeros(batch, jnp.int32),
         jnp.zeros((chunk, batch), jnp.int32),
         jnp.zeros((chunk, batch), jnp.float32),
-        buffer,
-        buffer,
+        tuple(LayerCache(empty, empty) for _ in view),
     )
     end = jax.lax.while_loop(lambda s: (s[0] < chunk) & ~jnp.all(s[2]), step, start)
-    return Decoded(end[4], end[5], end[3], Cache(end[6], end[7]))
+    return Decoded(end[4], end[5], end[3], end[6])
 
 
 def _attend_two(
-    q: Float[Array, "B KV G h"], old: Cache, new: Cache, cached: Array, fresh: Array
+    q: Float[Array, "B KV G h"], old: LayerCache, new: LayerCache, cached: Bool[Array, "B T"], fresh: Bool[Array, " K"]
 ) -> Float[Array, "B KV G h"]:
     """One softmax over the cached positions and the fresh ones, as products and sums: tiny batched matrix products are
     slower on a CPU, and concatenating would copy the cache."""
+    scale = q.shape[-1] ** -0.5
 
     def scores(keys: jax.Array, mask: jax.Array) -> jax.Array:
-        products = q[:, :, :, None, :].astype(jnp.float32) * keys[:, :, None].astype(jnp.float32)
+        products = (q * scale)[:, :, :, None, :].astype(jnp.float32) * keys[:, :, None].astype(jnp.float32)
         return jnp.where(mask, jnp.sum(products, axis=-1), MASKED)
 
     def weighted(weights: jax.Array, values: jax.Array) -> jax.Array:

@@ -33,6 +33,7 @@ FORMAT = 1  # raise it when the same parameters give other data
 MARKER = "complete.json"
 MAX_TURNS = 5
 DRAWS = 20
+MAX_CELL = 10
 SETS = ("train", "heldout", "demonstrations")
 
 
@@ -92,9 +93,12 @@ def items(parameters: Parameters, split: str) -> Iterator[Item]:
 
 
 def _answer(database: Database, question: Question, connection: sqlite3.Connection) -> Rows | None:
-    """The gold rows, or None where the answer is nothing, NULL or 0: what a query that misses would give too."""
+    """The gold rows, or None for a question to be left out.
+
+    Left out are nothing, NULL and 0, which a query that misses gives too, and averages of many digits, which cost tokens.
+    """
     gold, _ = run_query(connection, question.gold(database.parent))
-    return None if not gold or gold[0][0] in (None, 0) else gold
+    return None if not gold or gold[0][0] in (None, 0) or len(str(gold[0][0])) > MAX_CELL else gold
 
 
 def same(rows: Rows, gold: Rows) -> bool:

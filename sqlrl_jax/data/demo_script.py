@@ -58,17 +58,15 @@ class Episode:
 
 
 def run_query(connection: sqlite3.Connection, sql: str) -> tuple[Rows, str]:
-    """(rows, what a player reads): header and rows, or the error."""
+    """(rows, what a player reads): header and rows, or the error, as the SQL environment shows them."""
     try:
         cursor = connection.execute(sql)
     except sqlite3.Error as error:
         return [], f"SQL Error: {error}"
     rows: Rows = cursor.fetchall()
-    if not rows:
-        return rows, "(no rows)"
     header = " | ".join(str(d[0]) for d in cursor.description)
     lines = (" | ".join("NULL" if cell is None else str(cell) for cell in row) for row in rows)
-    return rows, "\n".join([header, *lines])
+    return rows, "\n".join([header, *(lines if rows else ["(no rows)"])])
 
 
 class _Game:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rollout.sql import Executor
+from rollout.sql.prompt import build_messages
 from rollout.types import Task
 from sqlrl_jax.config import DemoConfig
 from sqlrl_jax.data import demo
@@ -141,7 +142,8 @@ def test_answers_compare_as_multisets() -> None:
 def test_prompt_hides_spelling_and_names() -> None:
     for item in items(PARAMETERS, "heldout"):
         prompt = prompt_text(item.task)
-        assert prompt.endswith("\n" + item.task.fields["question"])
+        schema, question = item.task.fields["schema"], item.task.fields["question"]
+        assert build_messages(schema, question, "", "short", 5) == [{"role": "user", "content": prompt}]
         for chosen in item.question.filters:
             assert chosen.stored == chosen.word or chosen.stored not in prompt
         table = item.question.table
@@ -194,7 +196,9 @@ def test_the_environment_shows_what_the_scripts_read(folder: Path) -> None:
             rng = random.Random(item.task.id)
             episode = play(item.database, item.question, item.connection, Player.expert(), rng)
             queries = re.findall("<(?:sql|solution)>(.*)</", "\n".join(episode.actions))
-            for query in [*queries, item.question.guess(item.database.parent)]:
+            words = {f.column.name: f.word for f in item.question.filters}
+            misspelled = item.question.sql(item.database.parent, words, item.question.table.real_number)
+            for query in [*queries, item.question.guess(item.database.parent), misspelled]:
                 expected = run_query(item.connection, query)[1]
                 assert executor.run(item.task.fields["db_id"], query).observation == expected
                 seen |= {end for end in ("(no rows)", "NULL") if expected.endswith(end)} | {expected.split(":")[0]}

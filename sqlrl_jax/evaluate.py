@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from rollout.chat import load_tokenizer
 from rollout.errors import UserError
 from rollout.types import Task, Trajectory
 from sqlrl_jax import config as configuration
@@ -93,8 +94,11 @@ def _measure(
     display.print(eval_line(0, limit, metrics))
     if out:
         by_id = {task.id: task for task in tasks}
+        decode = load_tokenizer(config.trainer.policy.model.path).decode
         with Path(out).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(episode_record("eval", limit, e, by_id[e.task_id])) + "\n" for e in episodes)
+            for episode in episodes:
+                record = episode_record("eval", limit, episode, by_id[episode.task_id], decode)
+                file.write(json.dumps(record) + "\n")
     return metrics
 
 

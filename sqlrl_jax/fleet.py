@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rollout.client import RolloutClient
-from rollout.supervisor import ServiceProcess
-
 from rollout.errors import InfrastructureError
+from rollout.supervisor import ServiceProcess
 from rollout.types import SamplingParams, Task, Trajectory
 from sqlrl_jax.config import Config, SamplingConfig
 
@@ -86,8 +85,8 @@ class Fleet:
             self._say(f"rollout service {address} is lost ({error}); waiting for it to come back")
         else:
             self._say(f"rollout service {address} is lost ({error}); starting it again")
-            address = self._process.restart()
-            self.client.replace(address)
+            lost, address = address, self._process.restart()
+            self.client.replace(address, lost)
         self.client.wait_ready(self._config.bridge.start_timeout)
         self.republish()
         self._say(f"rollout service {address} is back with the present weights; asking again for the missing episodes")

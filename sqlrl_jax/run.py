@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import time
-from collections.abc import Iterable
+import uuid
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +21,9 @@ from rollout.errors import UserError
 from rollout.types import Task, Trajectory
 from sqlrl_jax import config as configuration
 from sqlrl_jax.config import Config
+
+Decode = Callable[[list[int]], str]
+"""Token ids to text, for people."""
 
 
 class RunError(UserError):
@@ -46,7 +49,7 @@ class Run:
         try:
             self.trajectories.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.dir / ".lock")
-            self.epoch = _count_start(self.dir / ".starts")
+            self.id, self.epoch = _count_start(self.dir / ".starts.json")
             configuration.save(config, self.dir / "config.yaml")
             self._log: IO[str] = self.log_file.open("a", encoding="utf-8")
         except OSError as error:
@@ -67,10 +70,12 @@ class Run:
         line = json.dumps(entry, allow_nan=True) + "\n"
         self._guard(self.metrics_file, lambda: _append(self.metrics_file, line))
 
-    def log_episodes(self, kind: str, step: int, episodes: Iterable[Trajectory], tasks: dict[str, Task]) -> None:
+    def log_episodes(
+        self, kind: str, step: int, episodes: Iterable[Trajectory], tasks: dict[str, Task], decode: Decode
+    ) -> None:
         """Writes a step's episodes, one JSON line each, with the question beside them."""
         path = self.trajectories / f"{kind}_{step:06d}.jsonl"
-        lines = (json.dumps(episode_record(kind, step, e, tasks[e.task_id])) + "\n" for e in episodes)
+        lines = (json.dumps(episode_record(kind, step, e, tasks[e.task_id], decode)) + "\n" for e in episodes)
         self._guard(path, lambda: path.write_text("".join(lines)))
 
     def log(self, text: str) -> None:
@@ -93,9 +98,9 @@ class Run:
             ) from None
 
 
-def episode_record(kind: str, step: int, episode: Trajectory, task: Task) -> dict[str, Any]:
-    """One line of a trajectories file: the question as the environment got it, then the whole trajectory."""
-    return {"kind": kind, "step": step, **task.fields, **asdict(episode)}
+def episode_record(kind: str, step: int, episode: Trajectory, task: Task, decode: Decode) -> dict[str, Any]:
+    """One line of a trajectories file: the question, the prompt as the model read it, then the whole trajectory."""
+    return {"kind": kind, "step": step, **task.fields, "prompt": decode(episode.prompt_ids), **asdict(episode)}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -132,10 +137,11 @@ def _lock(path: Path) -> IO[str]:
     return file
 
 
-def _count_start(path: Path) -> int:
-    """Counts the times a run was started: the epoch by which services tell a stale learner from the present one."""
-    count = int(path.read_text() or 0) + 1 if path.exists() else 1
+def _count_start(path: Path) -> tuple[str, int]:
+    """The run's id and how often it was started: the epoch by which services tell a stale learner from the present one."""
+    known = json.loads(path.read_text()) if path.exists() else {"id": uuid.uuid4().hex, "starts": 0}
+    known["starts"] += 1
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(str(count))
-    os.replace(temporary, path)
-    return count
+    temporary.write_text(json.dumps(known))
+    temporary.replace(path)
+    return known["id"], known["starts"]

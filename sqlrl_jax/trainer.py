@@ -12,6 +12,7 @@ from contextlib import ExitStack
 
 import jax
 
+from rollout.chat import load_tokenizer
 from rollout.errors import UserError
 from rollout.types import Task, Trajectory
 from sqlrl_jax.checkpoint import Checkpoints
@@ -26,8 +27,8 @@ from sqlrl_jax.metrics import rollout_metrics
 from sqlrl_jax.model.hf import save_hf
 from sqlrl_jax.plan import plan_rows, warnings_for
 from sqlrl_jax.report import write_report
-from sqlrl_jax.rl.advantages import group_advantages
-from sqlrl_jax.run import Run
+from sqlrl_jax.rl.advantages import grpo
+from sqlrl_jax.run import Decode, Run
 from sqlrl_jax.stop import Stopped, StopSignal
 from sqlrl_jax.weights import Pusher
 
@@ -62,16 +63,26 @@ class Trainer:
     def __init__(self, config: Config, run: Run, display: Display, stop: StopSignal, stack: ExitStack) -> None:
         self.config, self.run, self.display, self.stop = config, run, display, stop
         self.data: Questions = load_questions(config)
-        self.learner: Learner = build_learner(config)
+        self.total = self._total_steps()
+        trainer = config.trainer
+        minibatches = trainer.train_batch_size // trainer.policy_mini_batch_size * trainer.update_epochs_per_batch
+        self.learner: Learner = build_learner(config, self.total * minibatches)
+        self.decode: Decode = load_tokenizer(trainer.policy.model.path).decode
         self.checkpoints = Checkpoints(run.checkpoints, config.trainer.max_ckpts_to_keep)
         stack.callback(self.checkpoints.close)
         self.step = self._restore()
         run.forget_after(self.step if self.step else -1)
-        self.total = self._total_steps()
         self._plan()
         self.fleet = Fleet(config, run.dir / "config.yaml", run.dir / "service.log", display.print)
         stack.callback(self.fleet.close)
-        self.pusher = Pusher(self.fleet.client, self.learner, run_id=run.id, epoch=run.epoch)
+        self.pusher = Pusher(
+            self.fleet.client,
+            self.learner.model_config,
+            config.generator.inference_engine.dtype,
+            run_id=run.id,
+            epoch=run.epoch,
+            timeout=config.bridge.push_timeout,
+        )
         self.fleet.republish = self.push
         self.push()
 
@@ -80,8 +91,8 @@ class Trainer:
         started, first = time.monotonic(), self.step
         while True:
             self.stop.check()
-            if self._due(self.config.trainer.eval_interval) and not self._evaluated():
-                self.evaluate()
+            if self._due(self.config.trainer.eval_interval):
+                self._evaluate_all()
             if self.step > first and self._due(self.config.trainer.ckpt_interval):
                 self.save()
             if self.step == self.total:
@@ -102,9 +113,7 @@ class Trainer:
             raise UserError(
                 f"step {self.step + 1}: every prompt is longer than trainer.max_prompt_length = {trainer.max_prompt_length}"
             )
-        advantages = group_advantages(
-            [e.reward for e in usable], [e.task_id for e in usable], trainer.algorithm.grpo_norm_by_std
-        )
+        advantages = grpo([e.reward for e in usable], [e.task_id for e in usable], trainer.algorithm.grpo_norm_by_std)
         metrics = self.learner.update(usable, advantages)
         clock.lap("update")
         self.step += 1
@@ -113,7 +122,7 @@ class Trainer:
         metrics |= rollout_metrics(usable) | clock.metrics()
         metrics["generate/prompts_too_long"] = float(len(episodes) - len(usable))
         metrics["generate/tokens_per_second"] = metrics["generate/tokens"] / metrics["timing/rollout"]
-        self.run.log_episodes("train", self.step, episodes, self.data.by_id)
+        self.run.log_episodes("train", self.step, episodes, self.data.by_id, self.decode)
         self.run.log_metrics("train", self.step, metrics)
         self._warn(metrics)
         return metrics
@@ -122,9 +131,8 @@ class Trainer:
         """Gives the present weights to every service as version `step`."""
         return self.pusher.push(self.learner.params, self.step)
 
-    def evaluate(self, max_turns: int | None = None) -> dict[str, float]:
-        """Measures the present weights on the evaluation questions; prints, logs and returns the metrics."""
-        turns = max_turns or self.config.generator.max_turns
+    def evaluate(self, turns: int) -> None:
+        """Measures the present weights on the evaluation questions with up to `turns` turns; prints and logs."""
         with self.display.bar(
             "evaluating", len(self.data.val) * self.config.generator.eval_n_samples_per_prompt
         ) as bar:
@@ -132,9 +140,8 @@ class Trainer:
         metrics["max_turns"] = turns
         self.display.print(eval_line(self.step, turns, metrics), style="bold")
         if turns == self.config.generator.max_turns:
-            self.run.log_episodes("eval", self.step, episodes, self.data.by_id)
+            self.run.log_episodes("eval", self.step, episodes, self.data.by_id, self.decode)
         self.run.log_metrics("eval", self.step, metrics)
-        return metrics
 
     def save(self) -> None:
         """Saves everything a resumed run needs, as of the present step."""
@@ -143,8 +150,6 @@ class Trainer:
     def finish(self) -> None:
         """After the last step: one-turn accuracy, checkpoint, export, the before/after table, the report."""
         turns = self.config.generator.max_turns
-        if turns > 1 and not self._evaluated(1):
-            self.evaluate(1)
         self.save()
         self.checkpoints.wait()
         save_hf(
@@ -208,9 +213,13 @@ class Trainer:
             return interval == self.config.trainer.eval_interval and self.config.trainer.eval_before_train
         return self.step == self.total or (interval > 0 and self.step % interval == 0)
 
-    def _evaluated(self, max_turns: int | None = None) -> bool:
-        turns = max_turns or self.config.generator.max_turns
-        return any(m["step"] == self.step and m["max_turns"] == turns for m in self.run.history("eval"))
+    def _evaluate_all(self) -> None:
+        """Evaluates unless a resumed run has that already; first and last also with one turn, to show what looking adds."""
+        limits = [self.config.generator.max_turns] + [1] * (self.step in (0, self.total))
+        known = {(m["step"], m["max_turns"]) for m in self.run.history("eval")}
+        for limit in dict.fromkeys(limits):
+            if (self.step, limit) not in known:
+                self.evaluate(limit)
 
     def _plan(self) -> None:
         rows = plan_rows(

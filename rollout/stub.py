@@ -75,7 +75,7 @@ class Stub:
         return reply
 
     def healthy(self, timeout: float = 2.0, *, wait: bool = False) -> bool:
-        """Whether the service answers that it is serving (with weights or still without); `wait` gives it all of `timeout`."""
+        """Whether the service answers that it is serving, with or without weights; `wait` gives it all of `timeout`."""
         try:
             reply = self._health(health_pb2.HealthCheckRequest(), timeout=timeout, wait_for_ready=wait)
         except grpc.RpcError:

@@ -1,0 +1,88 @@
+"""What the bridge's tests share: real service processes, tasks, and small sets of weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rollout import bridge_pb2 as pb
+from rollout import frames
+from rollout.stub import Stub
+from rollout.supervisor import ServiceProcess
+from rollout.types import SamplingParams, Task, TensorSpec
+from tests.integration.bridge_service import SPECS
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLING = SamplingParams(temperature=1.0, max_tokens=8)
+DEADLINE = 60.0
+
+
+def tasks(count: int, **fields: Any) -> list[Task]:
+    return [Task(f"q{i}", "test", {"question": f"question {i}", **fields}) for i in range(count)]
+
+
+def service(tmp_path: Path, *options: str, specs: list[TensorSpec] | None = None) -> ServiceProcess:
+    """A service process, not started yet; `options` are those of bridge_service.py."""
+    os.environ["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, "-m", "tests.integration.bridge_service", *options]
+    if specs is not None:
+        command += ["--specs", json.dumps([[s.name, s.shape, s.dtype] for s in specs])]
+    return ServiceProcess(command, tmp_path / "service.log", start_timeout=DEADLINE)
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {DEADLINE:.0f} s for {what}"
+        time.sleep(0.02)
+
+
+def weights(seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(spec.shape).astype(spec.dtype) for spec in SPECS]
+
+
+def level(arrays: list[np.ndarray]) -> float:
+    """What the test engine gives as every logprob under these weights."""
+    return float(np.float32(sum(float(np.asarray(a, np.float64).sum()) for a in arrays)))
+
+
+def key(version: int, epoch: int = 1, run: str = "run") -> pb.WeightsKey:
+    return pb.WeightsKey(run=run, epoch=epoch, version=version)
+
+
+def begin(stub: Stub, weights_key: pb.WeightsKey, specs: list[TensorSpec] | None = None) -> pb.PushState:
+    manifest = [pb.TensorSpec(name=s.name, shape=s.shape, dtype=s.dtype) for s in specs or SPECS]
+    request = pb.BeginRequest(weights=weights_key, manifest=manifest, lease_seconds=DEADLINE)
+    state: pb.PushState = stub.begin(request, timeout=DEADLINE)
+    return state
+
+
+def missing_frames(state: pb.PushState, arrays: list[np.ndarray]) -> list[bytes]:
+    return [
+        frame
+        for gap in state.missing
+        for frame in frames.slice_frames(
+            state.push_id, gap.tensor, gap.slice, memoryview(arrays[gap.tensor].tobytes()), [(gap.offset, gap.length)]
+        )
+    ]
+
+
+def commit(stub: Stub, weights_key: pb.WeightsKey, phase: int) -> pb.PushState:
+    request = pb.CommitRequest(weights=weights_key, phase=pb.Phase.Name(phase))
+    state: pb.PushState = stub.commit(request, timeout=DEADLINE)
+    return state
+
+
+def push(stub: Stub, weights_key: pb.WeightsKey, arrays: list[np.ndarray]) -> pb.PushState:
+    state = begin(stub, weights_key)
+    stub.push(iter(missing_frames(state, arrays)), timeout=DEADLINE)
+    commit(stub, weights_key, pb.PREPARE)
+    return commit(stub, weights_key, pb.APPLY)

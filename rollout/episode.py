@@ -17,35 +17,15 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from rollout.chat import Chat
 from rollout.engine.base import Engine, Session
+from rollout.environment import Environment, StepResult
 from rollout.errors import InfrastructureError
-from rollout.types import Generation, Message, SamplingParams, Task, Trajectory, Turn
+from rollout.types import Generation, SamplingParams, Task, Trajectory, Turn
 
 _log = logging.getLogger(__name__)
-
-
-class StepLike(Protocol):
-    """What an environment answers (rollout.environment.StepResult)."""
-
-    observation: str | None
-    reward: float
-    done: bool
-    outcome: str
-    turn: Turn | None
-    metrics: dict[str, float]
-
-
-class EnvironmentLike(Protocol):
-    """What an episode needs of an environment (rollout.environment.Environment)."""
-
-    def reset(self, task: Task) -> list[Message]: ...
-
-    def step(self, action: str, turn: int) -> Any: ...
-
-    def finish(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -100,7 +80,7 @@ class _EpisodeRun:
         task: Task,
         sample: int,
         session: Session,
-        environment: EnvironmentLike,
+        environment: Environment,
         chat: Chat,
         settings: EpisodeSettings,
         params: SamplingParams,
@@ -150,10 +130,10 @@ class _EpisodeRun:
         self.record.sampled(generation)
         return generation
 
-    async def _act(self, generation: Generation, number: int) -> StepLike:
+    async def _act(self, generation: Generation, number: int) -> StepResult:
         action = self.chat.action_text(generation.output_ids)
         started = time.monotonic()
-        step: StepLike = await self._environment(self.environment.step, action, number)
+        step: StepResult = await self._environment(self.environment.step, action, number)
         turn = step.turn or Turn(action=action)
         turn.tokens, turn.seconds = len(generation.output_ids), time.monotonic() - started
         self.record.turns.append(turn)
@@ -168,7 +148,7 @@ class _EpisodeRun:
 
     async def _finish(self, outcome: str | None, reason: str) -> Trajectory:
         """The end without a solution: the environment says what the episode so far is worth."""
-        step: StepLike = await self._environment(self.environment.finish)
+        step: StepResult = await self._environment(self.environment.finish)
         self.record.metrics.update(step.metrics)
         return self._end(step.reward, outcome or step.outcome, reason)
 
@@ -196,7 +176,7 @@ async def run_batch(
     tasks: Sequence[Task],
     n_samples: int,
     engine: Engine,
-    environment_factory: Callable[[], EnvironmentLike],
+    environment_factory: Callable[[], Environment],
     chat: Chat,
     settings: EpisodeSettings,
     params: SamplingParams,

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.random import threefry2x32_p
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
@@ -44,23 +45,23 @@ Cache = tuple[LayerCache, ...]
 class Rows(NamedTuple):
     """What one decoding call needs to know of each sequence."""
 
-    token: Int[Array, " B"]
+    token: Int[Array | np.ndarray, " B"]
     """The last token so far: it is not in the cache yet."""
-    length: Int[Array, " B"]
+    length: Int[Array | np.ndarray, " B"]
     """Tokens in the cache, that is the position of `token`."""
-    limit: Int[Array, " B"]
+    limit: Int[Array | np.ndarray, " B"]
     """Tokens that may still be sampled; 0 for a row that only fills up the batch."""
-    seed: UInt32[Array, "B 2"]
-    temperature: Float[Array, " B"]
-    top_p: Float[Array, " B"]
+    seed: UInt32[Array | np.ndarray, "B 2"]
+    temperature: Float[Array | np.ndarray, " B"]
+    top_p: Float[Array | np.ndarray, " B"]
 
 
 class Decoded(NamedTuple):
-    """`count[b]` tokens of row b are valid; `new` are the keys and values of the tokens that were fed in."""
+    """`counts[b]` tokens of row b are valid; `new` are the keys and values of the tokens that were fed in."""
 
     tokens: Int[Array, "K B"]
     logprobs: Float[Array, "K B"]
-    count: Int[Array, " B"]
+    counts: Int[Array, " B"]
     new: Cache
 
 
@@ -259,10 +260,10 @@ def _attend_two(
 
 def sample(
     logits: Float[Array, "B V"],
-    seed: UInt32[Array, "B 2"],
+    seed: UInt32[Array | np.ndarray, "B 2"],
     position: UInt32[Array, " B"],
-    temperature: Float[Array, " B"],
-    top_p: Float[Array, " B"],
+    temperature: Float[Array | np.ndarray, " B"],
+    top_p: Float[Array | np.ndarray, " B"],
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """One token for each row and its natural log-probability under the tempered distribution, before top-p cuts it.
 
@@ -286,7 +287,7 @@ def sample(
         inside = (top_p >= 1.0) | (before < top_p * total)
         return token, inside & (weight[:, 0] > 0.0) & (token < weights.shape[1])
 
-    def again(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def again(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         attempt, token, found = state
         fresh, inside = draw(attempt)
         return attempt + 1, jnp.where(found, token, fresh), found | inside

@@ -330,7 +330,7 @@ def _build(config: Config, stack: contextlib.ExitStack) -> tuple[Engine, Player]
         conversation=generator.use_conversation_multi_turn,
         append_eos=generator.append_eos_token_after_stop_str_in_multi_turn,
     )
-    factory = make_environment_factory(config)
+    environments = stack.enter_context(make_environment_factory(config))
     engine = EmbeddedEngine(config)
     stack.callback(engine.close)
     pool = stack.enter_context(ThreadPoolExecutor(64, thread_name_prefix="environment"))
@@ -344,6 +344,8 @@ def _build(config: Config, stack: contextlib.ExitStack) -> tuple[Engine, Player]
         on_trajectory: Callable[[Trajectory], None],
     ) -> Awaitable[object]:
         settings = EpisodeSettings(max_turns, generator.max_input_length, config.trainer.max_prompt_length)
-        return run_batch(tasks, n_samples, engine, factory, chat, settings, sampling, seed, on_trajectory, pool)
+        return run_batch(
+            tasks, n_samples, engine, environments.create, chat, settings, sampling, seed, on_trajectory, pool
+        )
 
     return engine, play

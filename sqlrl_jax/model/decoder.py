@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from sqlrl_jax.mesh import constrain
-from sqlrl_jax.model.attention import attention, segment_mask
+from sqlrl_jax.model.attention import segment_attention
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.params import Params, init_param, nest, param_specs
 
@@ -161,10 +161,9 @@ def forward(
     """Hidden states after the final norm. Rows may hold several segments (ids from 1; 0 is padding); each token sees
     its own segment up to itself; `positions` count from 0 inside each segment."""
     compute = compute or Compute()
-    mask = segment_mask(segment_ids)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, slot: None) -> tuple[jax.Array, None]:
-        return attention(q, k, v, mask), slot
+        return segment_attention(q, k, v, segment_ids), slot
 
     x = embed(params, tokens, compute)
     x, _ = run_layers(config, params["layers"], x, rope_table(config, positions), attend, None, compute)

@@ -2,7 +2,7 @@
 
 Each worker runs one query at a time under rollout.sql.guard. A query past its budget of VM steps or CPU seconds is a
 timeout; one that can't be interrupted is killed by the kernel's CPU limit and its worker replaced. Work is counted in
-steps and CPU time, never in wall time, so a busy machine gives the same verdicts; a worker that gets no CPU for a long
+steps and CPU time, never in wall time, so a busy machine gives the same verdicts; a worker that stands still for a long
 while is an infrastructure failure and scores nothing.
 
 Left out: a cache of results and batches in one frame; queries are independent here.
@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -33,9 +32,7 @@ from rollout.sql.guard import MAX_SQL_BYTES
 
 PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from rollout.sql.worker import main; main()"
-START_SECONDS = 60.0
-STALL_FACTOR = 4  # wall seconds that a query may take for each CPU second it is allowed
-STALL_SECONDS = 10.0  # and what is added to them
+STALL_SECONDS = 30.0  # without an answer and without using CPU time; one that uses it meets its CPU limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +58,7 @@ class _Died(Exception):
 
 
 class _Stalled(Exception):
-    """No answer in time."""
+    """The worker neither answers nor computes."""
 
 
 class _Worker:
@@ -87,12 +84,12 @@ class _Worker:
     def pid(self) -> int:
         return self._process.pid
 
-    def ask(self, request: tuple[Any, ...], seconds: float) -> tuple[Any, ...]:
+    def ask(self, request: tuple[Any, ...]) -> tuple[Any, ...]:
         """One request, one reply. Raises _Died or _Stalled; the worker is then of no more use."""
-        if self._settings is not None:  # its start does not count against the first query
-            self._exchange(self._settings, START_SECONDS)
+        if self._settings is not None:
+            self._exchange(self._settings)
             self._settings = None
-        return self._exchange(request, seconds)
+        return self._exchange(request)
 
     def kill(self) -> None:
         self._process.kill()
@@ -107,8 +104,7 @@ class _Worker:
             self._process.kill()
             return self._process.wait()
 
-    def _exchange(self, request: tuple[Any, ...], seconds: float) -> tuple[Any, ...]:
-        deadline = time.monotonic() + seconds
+    def _exchange(self, request: tuple[Any, ...]) -> tuple[Any, ...]:
         body = marshal.dumps(request)
         data = memoryview(len(body).to_bytes(8, "little") + body)
         try:
@@ -116,20 +112,33 @@ class _Worker:
                 data = data[os.write(self._stdin.fileno(), data) :]
         except OSError:
             raise _Died from None
-        size = int.from_bytes(self._read(8, deadline), "little")
-        reply: tuple[Any, ...] = marshal.loads(self._read(size, deadline))
+        size = int.from_bytes(self._read(8), "little")
+        reply: tuple[Any, ...] = marshal.loads(self._read(size))
         return reply
 
-    def _read(self, size: int, deadline: float) -> bytearray:
+    def _read(self, size: int) -> bytearray:
         data = bytearray()
+        used = -1.0
         while len(data) < size:
-            if not self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                raise _Stalled
+            if not self._poll.poll(STALL_SECONDS * 1000):
+                before, used = used, _cpu_seconds(self.pid)
+                if used == before:
+                    raise _Stalled
+                continue
             chunk = os.read(self._stdout.fileno(), min(size - len(data), 1 << 20))
             if not chunk:
                 raise _Died
             data += chunk
         return data
+
+
+def _cpu_seconds(pid: int) -> float:
+    """CPU time of a process so far; -1 where the system doesn't tell."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return -1.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class Executor:
@@ -154,7 +163,6 @@ class Executor:
                 f"database root {self._root}: no such folder; expected <db_id>/<db_id>.sqlite in it"
             )
         self._settings = (timeout, max_vm_steps, max_rows, max_observation_chars)
-        self._stall = STALL_FACTOR * timeout + STALL_SECONDS
         self._max_chars = max_observation_chars
         self._paths: dict[str, tuple[str, str]] = {}
         self._closed = False
@@ -176,12 +184,12 @@ class Executor:
         for last in (False, True):
             with self._worker() as worker:
                 try:
-                    reply = worker.ask((path, uri, sql, whole), self._stall)
+                    reply = worker.ask((path, uri, sql, whole))
                     break
                 except _Stalled:
                     self._discard(worker)
                     raise InfrastructureError(
-                        f"database {db_id}: a SQL worker gave no answer for {self._stall:.0f} s; is the machine overloaded?"
+                        f"database {db_id}: a SQL worker stands still; is the disk of the database in order?"
                     ) from None
                 except _Died:
                     if self._discard(worker) == -signal.SIGXCPU:

@@ -27,7 +27,12 @@ _SHORT_ESCAPES = {"\n": "\\n", "\r": "\\r"}
 def escape(text: str) -> str:
     """Disarms tags and special tokens, and puts the text on one line."""
     text = _MARKUP.sub(lambda m: "&lt;" if m.group() == "<" else "&#91;", text)
-    return _UNPRINTABLE.sub(lambda m: _SHORT_ESCAPES.get(m.group(), f"\\x{ord(m.group()):02x}"), text)
+    return _UNPRINTABLE.sub(lambda m: _code(m.group()), text)
+
+
+def _code(character: str) -> str:
+    number = ord(character)
+    return _SHORT_ESCAPES.get(character) or (f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}")
 
 
 def clip(text: str, limit: int) -> str:

@@ -35,9 +35,10 @@ _RESERVED = frozenset(_RESERVED_TEXT.split())
 
 def describe(executor: Executor, db_id: str, style: Style, max_chars: int = MAX_SCHEMA_CHARS) -> str:
     """The schema of a database. Raises InfrastructureError if it can't be read or has no tables."""
-    tables = [str(row[0]) for row in _ask(executor, db_id, TABLES).rows]
+    names = [str(row[0]) for row in _ask(executor, db_id, TABLES).rows]
+    tables = [name for name in names if _works(executor, db_id, name)]
     if not tables:
-        raise InfrastructureError(f"database {db_id}: has no tables")
+        raise InfrastructureError(f"database {db_id}: has no tables that can be read")
     if style == "full":
         for samples in (True, False):
             text = "\n\n".join(_create_table(executor, db_id, table, samples) for table in tables)
@@ -64,6 +65,11 @@ def _ask(executor: Executor, db_id: str, sql: str) -> Result:
     if result.status != "ok":
         raise InfrastructureError(f"database {db_id}: its schema can't be read: {result.error}")
     return result
+
+
+def _works(executor: Executor, db_id: str, table: str) -> bool:
+    """Whether it can be read. A view that lost its tables can't, nor a virtual table of an extension we don't load."""
+    return executor.run(db_id, f"SELECT * FROM {quote_name(table)} LIMIT 0").status == "ok"
 
 
 def _literal(text: str) -> str:

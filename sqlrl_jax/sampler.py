@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.random import threefry2x32_p
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
@@ -45,15 +44,15 @@ Cache = tuple[LayerCache, ...]
 class Rows(NamedTuple):
     """What one decoding call needs to know of each sequence."""
 
-    token: Int[Array | np.ndarray, " B"]
+    token: Int[Array, " B"]
     """The last token so far: it is not in the cache yet."""
-    length: Int[Array | np.ndarray, " B"]
+    length: Int[Array, " B"]
     """Tokens in the cache, that is the position of `token`."""
-    limit: Int[Array | np.ndarray, " B"]
+    limit: Int[Array, " B"]
     """Tokens that may still be sampled; 0 for a row that only fills up the batch."""
-    seed: UInt32[Array | np.ndarray, "B 2"]
-    temperature: Float[Array | np.ndarray, " B"]
-    top_p: Float[Array | np.ndarray, " B"]
+    seed: UInt32[Array, "B 2"]
+    temperature: Float[Array, " B"]
+    top_p: Float[Array, " B"]
 
 
 class Decoded(NamedTuple):
@@ -260,10 +259,10 @@ def _attend_two(
 
 def sample(
     logits: Float[Array, "B V"],
-    seed: UInt32[Array | np.ndarray, "B 2"],
+    seed: UInt32[Array, "B 2"],
     position: UInt32[Array, " B"],
-    temperature: Float[Array | np.ndarray, " B"],
-    top_p: Float[Array | np.ndarray, " B"],
+    temperature: Float[Array, " B"],
+    top_p: Float[Array, " B"],
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """One token for each row and its natural log-probability under the tempered distribution, before top-p cuts it.
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sqlrl_jax import sampler
@@ -176,11 +177,11 @@ class Slots:
             part = s.ids[s.cached : s.cached + min(size, s.missing)]
             tokens[row, : len(part)] = part
         lengths = _column([s.cached for s in members], rows, np.int32)
-        length = power_bucket(int(lengths.max()), 128)
+        length = power_bucket(max(s.cached for s in members), 128)
         self.counters.shapes.add(("extend", size, length))
         view = self._view(members, rows, length)
         assert self._params is not None
-        return jax.block_until_ready(sampler.extend(self.config, self._params, view, tokens, lengths))
+        return jax.block_until_ready(sampler.extend(self.config, self._params, view, jnp.asarray(tokens), lengths))
 
     def _copy(self, pairs: list[tuple[Sequence, Sequence]]) -> None:
         for i in range(0, len(pairs), _COPIES):
@@ -189,7 +190,7 @@ class Slots:
             targets = _column([s.slot for _, s in part], _COPIES, np.int32)
             length = power_bucket(max(leader.cached for leader, _ in part), 128)
             assert self._cache is not None
-            self._cache = sampler.copy_rows(self._cache, sources, targets, np.int32(len(part)), length)
+            self._cache = sampler.copy_rows(self._cache, sources, targets, jnp.int32(len(part)), length)
             for leader, s in part:
                 s.cached = leader.cached
                 self.counters.shared_tokens += leader.cached
@@ -212,17 +213,17 @@ class Slots:
                 out.append((tokens[:count, row].tolist(), logprobs[:count, row].tolist()))
         return [result for _, result in sorted(zip(order, out, strict=True), key=lambda pair: pair[0])]
 
-    def _decode_call(self, call: tuple[int, list[Sequence], np.ndarray]) -> sampler.Decoded:
+    def _decode_call(self, call: tuple[int, list[Sequence], jax.Array]) -> sampler.Decoded:
         rows, members, ends = call
         state = sampler.Rows(
             token=_column([s.ids[-1] for s in members], rows, np.int32),
             length=_column([s.cached for s in members], rows, np.int32),
             limit=_column([s.limit for s in members], rows, np.int32),
-            seed=np.array([s.seed for s in members] + [(0, 0)] * (rows - len(members)), np.uint32),
+            seed=jnp.asarray(np.array([s.seed for s in members] + [(0, 0)] * (rows - len(members)), np.uint32)),
             temperature=_column([s.temperature for s in members], rows, np.float32),
             top_p=_column([s.top_p for s in members], rows, np.float32, 1),
         )
-        length = length_bucket(int(state.length.max()))
+        length = length_bucket(max(s.cached for s in members))
         self.counters.shapes.add(("decode", rows, length))
         view = self._view(members, rows, length)
         assert self._params is not None
@@ -236,14 +237,14 @@ class Slots:
         rows = new[0].k.shape[0]
         slots = _column([s.slot for s in members], rows, np.int32)
         assert self._cache is not None
-        self._cache = sampler.put(self._cache, new, slots, _column(starts, rows, np.int32), np.int32(len(members)))
+        self._cache = sampler.put(self._cache, new, slots, _column(starts, rows, np.int32), jnp.int32(len(members)))
 
     def _parallel(self, function: Callable[[A], R], calls: list[A]) -> list[R]:
         return [function(calls[0])] if len(calls) == 1 else list(self._pool.map(function, calls))
 
 
-def _column(values: Seq[Any], rows: int, dtype: Any, fill: float = 0) -> np.ndarray:
+def _column(values: Seq[Any], rows: int, dtype: Any, fill: float = 0) -> jax.Array:
     """One value a row, filled up to `rows`."""
     out = np.full(rows, fill, dtype)
     out[: len(values)] = values
-    return out
+    return jnp.asarray(out)

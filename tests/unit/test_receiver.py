@@ -338,6 +338,7 @@ def test_slices_are_put_together_whatever_the_order(cut, random):
         [Slice((0, 0), (4, 6)), Slice((0, 0), (4, 6))],  # twice
         [Slice((0, 0), (2, 6)), Slice((1, 0), (3, 6))],  # overlap
         [Slice((0, 0), (2, 3)), Slice((2, 3), (2, 3))],  # corners missing
+        [Slice((0, 0), (2, 3)), Slice((0, 3), (2, 3)), Slice((2, 0), (2, 3)), Slice((2, 0), (2, 3))],  # one twice
         [Slice((0,), (4,))],  # another rank
         [Slice((0, 0), (5, 6))],  # too large
     ],

@@ -102,7 +102,8 @@ class _EpisodeRun:
 
     async def _play(self, seed: int) -> Trajectory:
         record, settings = self.record, self.settings
-        record.prompt = self.chat.prompt_ids(await self._environment(self.environment.reset, self.task))
+        told = replace(self.task, fields={**self.task.fields, "max_turns": settings.max_turns})
+        record.prompt = self.chat.prompt_ids(await self._environment(self.environment.reset, told))
         if len(record.prompt) > min(settings.max_prompt_length, settings.max_input_length, self.max_context - 1):
             return self._end(0.0, "prompt_too_long", "error", f"the prompt has {len(record.prompt)} tokens")
         pending: list[int] = []  # the observation joins the response only if another turn follows it

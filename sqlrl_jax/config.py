@@ -92,9 +92,9 @@ class ModelPathConfig(Section):
 class PolicyConfig(Section):
     model: ModelPathConfig = ModelPathConfig()
     optimizer_config: OptimizerConfig = OptimizerConfig()
-    row_tokens: int = Field(1024, ge=16, le=1_048_576)
-    """Length of a packed row; episodes share rows. Longer episodes are refused, so at least prompt plus response."""
-    rows_per_micro_batch: int = Field(8, ge=1)
+    row_tokens: int = Field(32768, ge=16, le=1_048_576)
+    """Length of a packed row; episodes share rows. At least max_input_length + max_generate_length."""
+    rows_per_micro_batch: int = Field(1, ge=1)
     """Packed rows in one forward and backward pass; gradients are summed over the passes of a minibatch."""
     logprob_chunk: int = Field(1024, ge=16)
     """Trained tokens whose logits exist at one time."""
@@ -278,6 +278,16 @@ class Config(Section):
     bridge: BridgeConfig = BridgeConfig()
     data: DataConfig = DataConfig()
 
+    @model_validator(mode="after")
+    def _episodes_fit_rows(self) -> Config:
+        longest = self.generator.max_input_length + self.generator.sampling_params.max_generate_length
+        if self.trainer.policy.row_tokens < longest:
+            raise ValueError(
+                f"trainer.policy.row_tokens = {self.trainer.policy.row_tokens} cannot hold the longest episode: "
+                f"generator.max_input_length + generator.sampling_params.max_generate_length = {longest}"
+            )
+        return self
+
 
 class Setting(typing.NamedTuple):
     """One leaf of the configuration, for `launch.py config`."""
@@ -445,5 +455,6 @@ def _explain(error: Any) -> str:
         info = section.model_fields.get(name) if section is not None else None
         section = _section_of(info.annotation) if info is not None else None
     if info is None or section is not None:  # a rule between several settings
-        return f"{key}: {error['msg'].removeprefix('Value error, ')}"
+        rule = error["msg"].removeprefix("Value error, ")
+        return f"{key}: {rule}" if key else rule
     return f"{key} = {value!r}: allowed is {_allowed(info.annotation, info.metadata)}"

@@ -29,7 +29,7 @@ from sqlrl_jax.data.demo_schema import Database, build, make_database
 from sqlrl_jax.data.demo_script import Episode, Player, Rows, play, run_query
 from sqlrl_jax.data.tasks import DataError, read_tasks, write_tasks
 
-FORMAT = 1  # raise it when the same parameters give other data
+FORMAT = 2  # raise it when the same parameters give other data
 MARKER = "complete.json"
 MAX_TURNS = 5
 DRAWS = 20
@@ -47,8 +47,8 @@ class Parameters:
     questions_per_database: int
     demonstration_databases: int = 0
     look: float = 0.35
-    spelled: float = 0.45
-    renamed: float = 0.4
+    spelled: float = 0.6
+    renamed: float = 0.5
     demonstrations_hide: float = 0.7  # in place of both: what is found by looking must be seen often to be learned
     format: int = FORMAT
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from sqlrl_jax.data.demo_schema import Database, Table, TextColumn
 
-KINDS = {"value": 0.2, "join": 0.2, "two": 0.15, "column": 0.15, "both": 0.18, "tie": 0.12}
+KINDS = {"value": 0.15, "join": 0.17, "two": 0.2, "column": 0.12, "both": 0.22, "tie": 0.14}
 AGGREGATES = {"total": "SUM", "average": "AVG", "highest": "MAX", "lowest": "MIN"}
 
 

@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--questions", help="JSON lines file of questions (default: data.val_data)")
     evaluate.add_argument("--databases", help="folder of <db_id>/<db_id>.sqlite (default: the configured one)")
     evaluate.add_argument("--samples", type=_positive, help="samples for each question; above 1 gives pass@k")
-    evaluate.add_argument("--turns", type=_limits, help="turn limits to compare, for example 1,5 (default: generator.max_turns)")
+    evaluate.add_argument("--turns", type=_limits, help="turn limits to compare, such as 1,5 (default: generator.max_turns)")
     evaluate.add_argument("--out", help="file for every episode, one JSON line each")
     parsers["import"].add_argument("--model", required=True, help="Hugging Face checkpoint folder")
     parsers["import"].add_argument("--out", required=True, help="folder to write; must not exist")

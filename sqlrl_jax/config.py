@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -364,7 +365,7 @@ def _checked(tree: dict[str, Any]) -> Config:
         raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
 
 
-def override(config: Config, values: list[tuple[str, Any]]) -> Config:
+def override(config: Config, values: Sequence[tuple[str, Any]]) -> Config:
     """The configuration with some settings replaced, checked like `load`."""
     tree = config.model_dump(mode="json")
     for key, value in values:

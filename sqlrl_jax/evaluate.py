@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from rollout.chat import load_tokenizer
 from rollout.errors import UserError
@@ -106,7 +107,7 @@ def _with(
     config: Config, model: str | None, questions: str | None, databases: str | None, samples: int | None
 ) -> Config:
     """The configuration with the command line's paths put in, checked to exist."""
-    overrides = []
+    overrides: list[tuple[str, Any]] = []
     for path, key in (
         (model, "trainer.policy.model.path"),
         (databases, "environment.text2sql.database_root"),

@@ -54,7 +54,7 @@ class Fleet:
         *,
         samples: int,
         sampling: SamplingParams,
-        version: int,
+        version: int | None,
         seed: int,
         max_turns: int,
         on_trajectory: Callable[[Trajectory], None],

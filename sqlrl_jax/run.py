@@ -139,7 +139,7 @@ def _lock(path: Path) -> IO[str]:
 
 def _count_start(path: Path) -> tuple[str, int]:
     """The run's id and how often it was started: the epoch by which services tell a stale learner from the present one."""
-    known = json.loads(path.read_text()) if path.exists() else {"id": uuid.uuid4().hex, "starts": 0}
+    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"id": uuid.uuid4().hex, "starts": 0}
     known["starts"] += 1
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(known))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import jax
+import numpy as np
 
 from rollout.chat import load_tokenizer
 from rollout.errors import UserError
@@ -113,7 +114,9 @@ class Trainer:
             raise UserError(
                 f"step {self.step + 1}: every prompt is longer than trainer.max_prompt_length = {trainer.max_prompt_length}"
             )
-        advantages = grpo([e.reward for e in usable], [e.task_id for e in usable], trainer.algorithm.grpo_norm_by_std)
+        advantages = grpo(
+            np.array([e.reward for e in usable]), [e.task_id for e in usable], trainer.algorithm.grpo_norm_by_std
+        )
         metrics = self.learner.update(usable, advantages)
         clock.lap("update")
         self.step += 1

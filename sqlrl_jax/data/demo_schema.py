@@ -36,7 +36,11 @@ CHILD_TEXT = {
 }
 PLAIN = "plain"
 SPELLINGS = ("hash", "number", "code", "bracket", "star", "level")
-RENAMES = ("{}_usd", "{}_raw", "{}_now", "{}_two", "net_{}", "full_{}", "my_{}", "old_{}")
+# Many, so that guessing the new name is hopeless and copying it from a result is what pays.
+RENAMES = (
+    *(f"{{}}_{word}" for word in "usd raw now two net sum day max real unit mean full kg cm eur pct".split()),
+    *(f"{word}_{{}}" for word in "net full my old the all avg total".split()),
+)
 LETTERS = "abcdefghjkmnpqrstuvwxyz"
 
 

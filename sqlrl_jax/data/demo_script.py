@@ -40,7 +40,7 @@ class Player:
         """Graded, so that some careful choices are found early in training and others late."""
         return Player(
             look=look,
-            look_again=min(1.0, look + 0.15),
+            look_again=min(1.0, look + 0.3),
             test=0.8 * look,
             test_again=look,
             mend=min(1.0, look + 0.4),

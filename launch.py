@@ -127,13 +127,17 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("train", "serve", "eval", "sft", "demo", "config"):
         parsers[name].add_argument("--config", required=name != "config", help="YAML file of settings")
         parsers[name].add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file")
-    parsers["serve"].add_argument("--port-file", help="file to write host:port to once the service is ready")
+    parsers["serve"].add_argument(
+        "--port-file", help="file for host:port once ready; the service then stops when its standard input closes"
+    )
     evaluate = parsers["eval"]
     evaluate.add_argument("--model", help="model folder to evaluate (default: trainer.policy.model.path)")
     evaluate.add_argument("--questions", help="JSON lines file of questions (default: data.val_data)")
     evaluate.add_argument("--databases", help="folder of <db_id>/<db_id>.sqlite (default: the configured one)")
     evaluate.add_argument("--samples", type=_positive, help="samples for each question; above 1 gives pass@k")
-    evaluate.add_argument("--turns", type=_limits, help="turn limits to compare, such as 1,5 (default: generator.max_turns)")
+    evaluate.add_argument(
+        "--turns", type=_limits, help="turn limits to compare, such as 1,5 (default: generator.max_turns)"
+    )
     evaluate.add_argument("--out", help="file for every episode, one JSON line each")
     parsers["import"].add_argument("--model", required=True, help="Hugging Face checkpoint folder")
     parsers["import"].add_argument("--out", required=True, help="folder to write; must not exist")

@@ -219,7 +219,7 @@ class BridgeConfig(Section):
     push_timeout: float = Field(300.0, gt=0)
     """Seconds one transfer of weights may take."""
     stall_timeout: float = Field(300.0, gt=0)
-    """Seconds without a finished episode after which a service counts as dead."""
+    """Seconds without a finished episode or a new token after which a service counts as dead."""
     max_restarts: int = Field(3, ge=0)
     """Times a rollout service that this run started is started again in a row without progress."""
 

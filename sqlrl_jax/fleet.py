@@ -68,13 +68,16 @@ class Fleet:
             seed=seed,
             max_turns=max_turns,
             on_trajectory=on_trajectory,
-            on_lost=self._bring_back,
+            on_lost=self.bring_back,
         )
         self._restarts = 0
         return episodes
 
-    def _bring_back(self, address: str, error: Exception) -> None:
-        """Called by the client when a service is lost: restart it or wait for it, then give it the weights."""
+    def bring_back(self, address: str, error: Exception) -> None:
+        """Restarts a lost service, or waits for one started elsewhere, and gives it the present weights.
+
+        Raises InfrastructureError after bridge.max_restarts losses without a finished batch in between.
+        """
         self._restarts += 1
         limit = self._config.bridge.max_restarts
         if self._restarts > limit:

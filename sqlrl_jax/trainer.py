@@ -31,7 +31,7 @@ from sqlrl_jax.report import write_report
 from sqlrl_jax.rl.advantages import grpo
 from sqlrl_jax.run import Decode, Run
 from sqlrl_jax.stop import Stopped, StopSignal
-from sqlrl_jax.weights import Pusher
+from sqlrl_jax.weights import Pusher, PushError
 
 
 def train(config: Config) -> int:
@@ -131,8 +131,14 @@ class Trainer:
         return metrics
 
     def push(self) -> dict[str, float]:
-        """Gives the present weights to every service as version `step`."""
-        return self.pusher.push(self.learner.params, self.step)
+        """Gives the present weights to every service as version `step`; a service that dies meanwhile is brought back."""
+        while True:
+            try:
+                return self.pusher.push(self.learner.params, self.step)
+            except PushError as error:
+                if not error.transient:
+                    raise
+                self.fleet.bring_back(error.address, error)
 
     def evaluate(self, turns: int) -> None:
         """Measures the present weights on the evaluation questions with up to `turns` turns; prints and logs."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ from sqlrl_jax.data.packing import PackedBatch, Sample, pack, samples_of
 from sqlrl_jax.mesh import make_mesh
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.hf import load_hf
-from sqlrl_jax.model.params import Params
+from sqlrl_jax.model.params import Params, parameter_count
 from sqlrl_jax.rl.logprobs import TokenLogprobs
 from sqlrl_jax.rl.losses import Sums, add_sums, ppo
 from sqlrl_jax.step import State, Stepper
@@ -73,6 +74,16 @@ class Learner:
         self._stepper.state = state
 
     @property
+    def tokenizer_dir(self) -> Path:
+        """Where the model's tokenizer is."""
+        return Path(self.config.trainer.policy.model.path)
+
+    @property
+    def parameter_count(self) -> int:
+        """Trained numbers in the model."""
+        return parameter_count(self.model_config)
+
+    @property
     def params(self) -> Params:
         """The present weights. The next update donates them: do not keep them over it."""
         return self._stepper.state.params
@@ -81,9 +92,7 @@ class Learner:
         """Shapes, dtypes and shardings of `state`."""
         return self._stepper.abstract_state()
 
-    def update(
-        self, trajectories: Sequence[Trajectory], advantages: Sequence[float] | np.ndarray
-    ) -> dict[str, float]:
+    def update(self, trajectories: Sequence[Trajectory], advantages: Sequence[float] | np.ndarray) -> dict[str, float]:
         """Trains on a batch of episodes, one advantage each, and returns the metrics named policy/*.
 
         Episodes of one task_id are one question; a minibatch is `policy_mini_batch_size` questions in order of

@@ -9,6 +9,7 @@ still being computed. Left out: loss scaling, because masters and statistics are
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -42,7 +43,7 @@ class State(NamedTuple):
 
 
 class Stepper:
-    """Sharded state and the jitted functions over it. `params` are donated: the caller must not use them again."""
+    """Sharded state and the jitted functions over it. The first step overwrites `params`: do not use them again."""
 
     def __init__(
         self,
@@ -64,7 +65,9 @@ class Stepper:
         self._schedule = schedule(policy.optimizer_config, total_steps)
         self._shardings = self._state_shardings(params)
         self._build()
-        self.state: State = self._init(params)
+        params = jax.device_put(params, self._shardings.params)
+        step, skipped = (jax.device_put(np.int32(0), replicated(mesh)) for _ in range(2))
+        self.state = State(params, self._init(params), step, skipped)
 
     def _state_shardings(self, params: Params) -> State:
         """Optimizer moments lie as their parameters do; counters are everywhere."""
@@ -86,21 +89,19 @@ class Stepper:
             **dict.fromkeys(("index", "targets", "old_logprobs", "advantages", "weights", "mask"), slots),
             "count": everywhere,
         }
-        self._init = jax.jit(self._fresh, out_shardings=where, donate_argnums=0)
-        self._first = jax.jit(self._gradients, out_shardings=(where.params, everywhere))
-        self._more = jax.jit(self._accumulate, out_shardings=(where.params, everywhere), donate_argnums=(0, 1))
-        self._apply = jax.jit(self._applied, out_shardings=(where, everywhere), donate_argnums=(0, 1))
-        self._score = jax.jit(self._logprobs, out_shardings=slots)
+        self._init = jax.jit(self._optimizer.init, out_shardings=where.opt_state)
+        self._zeros = jax.jit(self._nothing, out_shardings=(where.params, everywhere))
+        self._add = jax.jit(self._accumulate, out_shardings=(where.params, everywhere), donate_argnums=(0, 1))
+        self._apply = jax.jit(self._applied, out_shardings=(where, everywhere), donate_argnums=0)
+        self._score = jax.jit(self._scored, out_shardings=slots)
 
-    # The next five functions are traced by jit; each trace is a compilation.
+    # The next functions are traced by jit; each trace of a large one is counted as a compilation.
 
-    def _fresh(self, params: Params) -> State:
+    def _scored(self, params: Params, batch: dict[str, Array]) -> TokenLogprobs:
         self.compiles += 1
-        zero = jnp.zeros((), jnp.int32)
-        return State(params, self._optimizer.init(params), zero, zero)
+        return self._logprobs(params, batch)
 
     def _logprobs(self, params: Params, batch: dict[str, Array]) -> TokenLogprobs:
-        self.compiles += 1
         hidden = forward(
             self.model_config, params, batch["tokens"], batch["positions"], batch["segment_ids"], self._compute
         )
@@ -124,9 +125,15 @@ class Stepper:
         gradients, sums = jax.grad(loss, has_aux=True)(params)
         return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), sums
 
+    def _nothing(self, params: Params, batch: dict[str, Array]) -> tuple[Params, Sums]:
+        """Zeros to add the first micro-batch to: one compiled program then serves the first and all others."""
+        shapes = jax.eval_shape(self._gradients, params, batch)
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+
     def _accumulate(
         self, gradients: Params, sums: Sums, params: Params, batch: dict[str, Array]
     ) -> tuple[Params, Sums]:
+        self.compiles += 1
         more, more_sums = self._gradients(params, batch)
         return jax.tree.map(jnp.add, gradients, more), add_sums(sums, more_sums)
 
@@ -142,7 +149,7 @@ class Stepper:
         params = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), state.params, updates)
         applied = finite.astype(jnp.int32)
         new = State(params, opt_state, state.step + applied, state.skipped + 1 - applied)
-        kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), (params, opt_state), (state.params, state.opt_state))
+        kept = jax.tree.map(partial(jnp.where, finite), (params, opt_state), (state.params, state.opt_state))
         metrics = {"grad_norm": norm, "skipped": 1 - applied, "lr": jnp.asarray(self._schedule(state.step))}
         return new._replace(params=kept[0], opt_state=kept[1]), metrics
 
@@ -154,10 +161,9 @@ class Stepper:
 
         Returns the objective's sums over the whole minibatch, with `loss`, and the step's grad_norm, skipped and lr.
         """
-        first, *rest = packed.micro_batches
-        gradients, sums = self._first(self.state.params, self._to_device(first))
-        for arrays in rest:
-            gradients, sums = self._more(gradients, sums, self.state.params, self._to_device(arrays))
+        gradients, sums = self._zeros(self.state.params, packed.micro_batches[0])
+        for arrays in packed.micro_batches:
+            gradients, sums = self._add(gradients, sums, self.state.params, self._to_device(arrays))
         self.state, metrics = self._apply(self.state, gradients, np.float32(packed.total_weight))
         return sums, metrics
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -64,7 +65,7 @@ class PackedBatch:
         order = np.argsort(owner, kind="stable")
         owner, flat = owner[order], flat[order]
         edges = np.searchsorted(owner, np.arange(self.samples + 1))
-        return [flat[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        return [flat[a:b] for a, b in pairwise(edges)]
 
 
 def samples_of(

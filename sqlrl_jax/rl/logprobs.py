@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-
 # Two computations of one logit may be rounded apart by this much of its size.
 _ROUNDING = 1e-6
 

@@ -28,7 +28,9 @@ def inputs(seed: int, count: int, slots: int) -> tuple[jax.Array, ...]:
     return tuple(map(jnp.asarray, (hidden.astype(np.float32), unembed.astype(np.float32), index, targets, to)))
 
 
-def whole(hidden: jax.Array, unembed: jax.Array, index: jax.Array, targets: jax.Array, temperature: float) -> tuple[jax.Array, ...]:
+def whole(
+    hidden: jax.Array, unembed: jax.Array, index: jax.Array, targets: jax.Array, temperature: float
+) -> tuple[jax.Array, ...]:
     logits = jnp.stack([h[i] for h, i in zip(hidden, index, strict=True)]) @ unembed / temperature
     table = jax.nn.log_softmax(logits)
     chosen = jnp.take_along_axis(table, targets[..., None], -1)[..., 0]
@@ -37,8 +39,13 @@ def whole(hidden: jax.Array, unembed: jax.Array, index: jax.Array, targets: jax.
 
 @partial(jax.jit, static_argnums=(5, 6))
 def both(  # values and gradients, chunked and whole
-    hidden: jax.Array, unembed: jax.Array, slots: tuple[jax.Array, jax.Array], count: jax.Array, to: jax.Array,
-    temperature: float, chunk: int,
+    hidden: jax.Array,
+    unembed: jax.Array,
+    slots: tuple[jax.Array, jax.Array],
+    count: jax.Array,
+    to: jax.Array,
+    temperature: float,
+    chunk: int,
 ) -> tuple[Any, Any]:
     def chunked(h: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         out = token_logprobs(h, w, *slots, count, temperature=temperature, chunk=chunk)

@@ -48,7 +48,9 @@ def columns(tokens: list[tuple[Any, ...]], garbage: float) -> list[jax.Array]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(TOKEN, min_size=1, max_size=12), st.sampled_from([None, 3.0]), st.sampled_from([0.0, math.nan, math.inf]))
+@given(
+    st.lists(TOKEN, min_size=1, max_size=12), st.sampled_from([None, 3.0]), st.sampled_from([0.0, math.nan, math.inf])
+)
 def test_ppo_equals_the_formula(tokens: list[tuple[Any, ...]], c: float | None, garbage: float) -> None:
     padded = [*tokens, *[(0.0, 0.0, 0.0, 0.0, False)] * (12 - len(tokens))]  # one shape, one compilation
     loss, sums = COMPILED[c](*columns(padded, garbage))
@@ -89,7 +91,13 @@ def test_masked_places_reach_neither_value_nor_gradient(garbage: float) -> None:
 
 def test_huge_ratios_stay_finite() -> None:
     value, sums = ppo(
-        jnp.array([0.0]), jnp.array([-500.0]), jnp.array([-1.0]), jnp.ones(1), jnp.ones(1, bool), eps_low=0.2, eps_high=0.2
+        jnp.array([0.0]),
+        jnp.array([-500.0]),
+        jnp.array([-1.0]),
+        jnp.ones(1),
+        jnp.ones(1, bool),
+        eps_low=0.2,
+        eps_high=0.2,
     )
     assert math.isclose(float(value), math.exp(20), rel_tol=1e-5)
     assert float(sums["logprob_diff_max"]) == 500

@@ -1,0 +1,124 @@
+"""Packing: nothing lost, nothing doubled, whatever the lengths."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rollout.types import Trajectory
+from sqlrl_jax.data.packing import PackedBatch, Sample, assign_rows, pack, samples_of
+
+ROW = 16
+
+
+def trajectory(prompt: int, mask: list[int], task: str = "t", sample: int = 0) -> Trajectory:
+    rng = np.random.default_rng([prompt, len(mask), sample])
+    logprobs = [float(np.float32(-rng.random())) * m for m in mask]
+    ids = rng.integers(1, 50, prompt + len(mask)).tolist()
+    return Trajectory(task, "s", sample, ids[:prompt], ids[prompt:], mask, logprobs, [], 0.0, "wrong", "solution")
+
+
+EPISODE = st.integers(1, 8).flatmap(
+    lambda prompt: st.lists(st.integers(0, 1), min_size=0, max_size=ROW - prompt).map(lambda mask: (prompt, mask))
+)
+EPISODES = st.lists(EPISODE, max_size=14)
+
+
+def make(
+    episodes: list[tuple[int, list[int]]], shards: int, reduction: str = "token_mean"
+) -> tuple[list[Sample], PackedBatch]:
+    trajectories = [trajectory(p, m, f"t{i}", i) for i, (p, m) in enumerate(episodes)]
+    samples = samples_of(trajectories, np.arange(len(episodes)) + 1.0, reduction)
+    return samples, pack(samples, row_tokens=ROW, rows_per_micro_batch=4, slot_multiple=8, shards=shards)
+
+
+@settings(max_examples=150, deadline=None)
+@given(EPISODES, st.sampled_from([1, 2, 4]))
+def test_every_token_once_and_every_prediction_from_the_token_before(
+    episodes: list[tuple[int, list[int]]], shards: int
+) -> None:
+    samples, packed = make(episodes, shards)
+    seen, found = [], []
+    for arrays, owner in zip(packed.micro_batches, packed.owners, strict=True):
+        assert arrays["tokens"].shape == (4, ROW)
+        assert arrays["mask"].shape == (shards, -(-4 // shards * ROW // 8) * 8)
+        assert int(arrays["count"]) == arrays["mask"].sum(1).max()
+        rows = arrays["tokens"].reshape(shards, -1)
+        segments, positions = (arrays[k].reshape(shards, -1) for k in ("segment_ids", "positions"))
+        for row, segment in zip(arrays["tokens"], arrays["segment_ids"], strict=True):
+            for k in range(1, segment.max(initial=0) + 1):
+                at = np.flatnonzero(segment == k)
+                assert (np.diff(at) == 1).all()  # a segment lies in one piece
+                seen.append(tuple(row[at]))
+        for shard in range(shards):
+            used = np.flatnonzero(arrays["mask"][shard])
+            assert (used == np.arange(len(used))).all()
+            assert len(set(arrays["index"][shard][used])) == len(used)
+            for slot in used:
+                place, sample = arrays["index"][shard, slot], samples[owner[shard, slot]]
+                token = positions[shard, place] + 1  # the position of the token that is predicted
+                assert segments[shard, place] == segments[shard, place + 1] > 0
+                assert rows[shard, place + 1] == arrays["targets"][shard, slot] == sample.tokens[token]
+                assert arrays["old_logprobs"][shard, slot] == sample.old_logprobs[token]
+                assert arrays["advantages"][shard, slot] == owner[shard, slot] + 1
+                found.append((int(owner[shard, slot]), int(token)))
+    assert sorted(seen) == sorted(tuple(s.tokens) for s in samples)
+    assert sorted(found) == [(i, int(t)) for i, s in enumerate(samples) for t in np.flatnonzero(s.trained)]
+    assert packed.trained_tokens == len(found)
+    assert packed.tokens == sum(len(s.tokens) for s in samples)
+
+
+@settings(max_examples=50, deadline=None)
+@given(EPISODES)
+def test_per_sample_is_the_inverse(episodes: list[tuple[int, list[int]]]) -> None:
+    samples, packed = make(episodes, 2)
+    back = packed.per_sample([m["old_logprobs"] for m in packed.micro_batches])
+    assert len(back) == len(samples)
+    for got, sample in zip(back, samples, strict=True):
+        np.testing.assert_array_equal(got, sample.old_logprobs[sample.trained])
+
+
+@given(st.lists(st.integers(1, 64), max_size=60))
+def test_rows_are_few_and_never_overfull(lengths: list[int]) -> None:
+    rows = assign_rows(lengths, 64)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= 64 for row in rows)
+    assert len(rows) <= 11 / 9 * -(-sum(lengths) // 64) + 1 or sum(n > 32 for n in lengths) > sum(lengths) / 64
+    assert rows == assign_rows(list(lengths), 64)
+
+
+def test_realistic_episodes_fill_their_rows() -> None:
+    lengths = np.random.default_rng(0).triangular(40, 60, 184, 256).astype(int).tolist()
+    rows = assign_rows(lengths, 256)
+    assert sum(lengths) / (len(rows) * 256) > 0.95
+
+
+def test_weights_make_the_reduction() -> None:
+    episodes = [(2, [1, 1, 0, 1]), (3, [1])]
+    _, tokens = make(episodes, 1, "token_mean")
+    assert tokens.total_weight == 4
+    samples, sequences = make(episodes, 1, "sequence_mean")
+    assert sequences.total_weight == pytest.approx(2)
+    np.testing.assert_allclose(samples[0].weights[samples[0].trained], 1 / 3)
+
+
+def test_trained_tokens_are_balanced_over_shards() -> None:
+    _, packed = make([(2, [1] * n) for n in (14, 13, 12, 11, 2, 3, 1, 2) * 2], 4)
+    for arrays in packed.micro_batches:
+        counts = arrays["mask"].sum(1)
+        assert counts.max() - counts.min() <= 14
+
+
+def test_errors_name_the_episode() -> None:
+    with pytest.raises(
+        ValueError, match=r"task t0 sample 0: 21 tokens do not fit a row of trainer.policy.row_tokens 16"
+    ):
+        make([(20, [1])], 1)
+    broken = trajectory(2, [1, 0])
+    broken.logprobs.pop()
+    with pytest.raises(ValueError, match="task t sample 0: prompt 2, response 2, loss_mask 2, logprobs 1"):
+        samples_of([broken], [0.0], "token_mean")
+    with pytest.raises(ValueError, match="must be a multiple of the 3 parts"):
+        make([(2, [1])], 3)

@@ -87,7 +87,7 @@ def make_cache(config: ModelConfig, slots: int, length: int, dtype: str) -> Cach
     return tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers))
 
 
-@partial(jax.jit, static_argnames=("slots", "length"), donate_argnums=0)
+@partial(jax.jit, static_argnames=("slots", "length"))
 def grow_cache(cache: Cache, slots: int, length: int) -> Cache:
     """The same cache with room for more sequences or longer ones."""
 

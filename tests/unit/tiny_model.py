@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
+
 from sqlrl_jax.config import Config, load
 from sqlrl_jax.data.demo_tokenizer import train_tokenizer
 from sqlrl_jax.model.config import ModelConfig
-from sqlrl_jax.model.decoder import init_params
 from sqlrl_jax.model.hf import save_hf
-from sqlrl_jax.model.params import Params
+from sqlrl_jax.model.params import Params, nest, param_specs
 
 TEXTS = ["SELECT name FROM city WHERE id = 1", "the largest city in the country", "<sql>SELECT 1</sql>"] * 20
 
@@ -22,7 +24,7 @@ def model_config(vocab_size: int, **changes: object) -> ModelConfig:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 8,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": False,  # an untrained tied model only repeats its last token
         "attention_bias": True,
         "max_position_embeddings": 512,
     }
@@ -30,13 +32,14 @@ def model_config(vocab_size: int, **changes: object) -> ModelConfig:
 
 
 def sharp_params(config: ModelConfig, seed: int) -> Params:
-    """Weights large enough that the distributions differ visibly from token to token."""
-    params = init_params(config, seed)
-    params["embedding"] = params["embedding"] * 20
-    params["layers"] = {
-        k: v * 4 if k in "qkvo" or k in ("gate", "up", "down") else v for k, v in params["layers"].items()
-    }
-    return params
+    """Random weights, large enough that the distributions differ visibly from token to token; no compiling."""
+    rng = np.random.default_rng(seed)
+    out = {}
+    for path, spec in param_specs(config).items():
+        scale = {"embedding": 0.4, "lm_head": 0.4}.get(path, 0.15)
+        value = rng.normal(size=spec.shape) * scale + (1.0 if spec.stddev is None else 0.0)
+        out[path] = jnp.asarray(value, jnp.float32)
+    return nest(out)
 
 
 def write_model(folder: Path, seed: int = 0) -> ModelConfig:

@@ -29,7 +29,7 @@ from sqlrl_jax.data.demo_schema import Database, build, make_database
 from sqlrl_jax.data.demo_script import Episode, Player, Rows, play, run_query
 from sqlrl_jax.data.tasks import DataError, read_tasks, write_tasks
 
-FORMAT = 3  # raise it when the same parameters give other data
+FORMAT = 4  # raise it when the same parameters give other data
 MARKER = "complete.json"
 MAX_TURNS = 5
 DRAWS = 20

@@ -2,8 +2,8 @@
 
 Every database has one parent table, such as `shop(id, city, style)`, and one or two child tables, such as
 `sale(shop_id, item, price)`. Two things are hidden: how a text column spells its values (`paris` in a question may be
-stored as `#paris` or `paris_37`), and the real name of a number column (the prompt says `price`, the table has
-`net_price`). Both are drawn anew for each database, so no amount of training replaces a look. Words come from one small
+stored as `#paris` or `paris7`), and the real name of a number column (the prompt says `price`, the table has
+`price_net`). Both are drawn anew for each database, so no amount of training replaces a look. Words come from one small
 vocabulary for all databases: generalising to unknown words is not what this task is about. Upper-case spellings are left
 out because a small byte-pair vocabulary breaks them into pieces that share nothing with the lower-case word.
 """
@@ -37,10 +37,8 @@ CHILD_TEXT = {
 PLAIN = "plain"
 SPELLINGS = ("hash", "number", "code", "bracket", "star", "level")
 # Many, so that guessing the new name is hopeless and copying it from a result is what pays.
-RENAMES = (
-    *(f"{{}}_{word}" for word in "usd raw now two net sum day max real unit mean full kg cm eur pct".split()),
-    *(f"{word}_{{}}" for word in "net full my old the all avg total".split()),
-)
+SUFFIXES = "usd raw now two net sum day max real unit mean full kg cm eur pct base all avg total mine prev next old"
+RENAMES = tuple(f"{{}}_{suffix}" for suffix in SUFFIXES.split())
 LETTERS = "abcdefghjkmnpqrstuvwxyz"
 
 
@@ -93,7 +91,7 @@ def spell(words: tuple[str, ...], spelling: str, rng: random.Random) -> dict[str
     forms = {
         PLAIN: lambda word: word,
         "hash": lambda word: f"#{word}",
-        "number": lambda word: f"{word}_{rng.randrange(10)}{rng.randrange(10)}",
+        "number": lambda word: f"{word}{rng.randrange(10)}",
         "code": lambda word: f"{letter}-{word}",
         "bracket": lambda word: f"[{word}]",
         "star": lambda word: f"{word}*",

@@ -29,7 +29,7 @@ from sqlrl_jax.data.demo_schema import Database, build, make_database
 from sqlrl_jax.data.demo_script import Episode, Player, Rows, play, run_query
 from sqlrl_jax.data.tasks import DataError, read_tasks, write_tasks
 
-FORMAT = 4  # raise it when the same parameters give other data
+FORMAT = 5  # raise it when the same parameters give other data
 MARKER = "complete.json"
 MAX_TURNS = 5
 DRAWS = 20
@@ -49,7 +49,7 @@ class Parameters:
     look: float = 0.45
     spelled: float = 0.6
     renamed: float = 0.5
-    demonstrations_hide: float = 0.75  # in place of both: what is found by looking must be seen often to be learned
+    demonstrations_hide: float = 0.8  # in place of both: what is found by looking must be seen often to be learned
     format: int = FORMAT
 
 

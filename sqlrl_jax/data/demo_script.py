@@ -41,9 +41,9 @@ class Player:
         return Player(
             look=look,
             look_again=min(1.0, look + 0.3),
-            test=0.8 * look,
+            test=look,
             test_again=look,
-            mend=min(1.0, look + 0.4),
+            mend=min(1.0, look + 0.5),
             keep_ties=0.7 * look,
         )
 

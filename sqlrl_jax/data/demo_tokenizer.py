@@ -1,6 +1,6 @@
 """The demo model's tokenizer: byte-level BPE over the demo task's own text, saved as a Hugging Face folder.
 
-Words, digits and punctuation marks are never merged with each other (only `_suffix` is one piece), so that a value like
+Words, digits and punctuation marks are never merged with each other, so that a value like
 `#paris` is the same pieces in a question, a result and a query, and copying it is a plain repetition. Not a general
 tokenizer: any text can be encoded, but text unlike the demo's takes a token a letter.
 """
@@ -20,7 +20,7 @@ TAGS = tuple(
 # The reminder is in every observation word for word; as two tokens it costs little.
 PHRASES = ("You have", " turns left to complete the task.")
 ROLES = "system\nuser\nassistant\n"
-PIECES = r" ?[A-Za-z]+|_[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]|\n+|\s+"
+PIECES = r" ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]|\n+|\s+"
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -131,13 +131,19 @@ def assign_rows(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
 
 
 def pack(
-    samples: Sequence[Sample], *, row_tokens: int, rows_per_micro_batch: int, slot_multiple: int, shards: int = 1
+    samples: Sequence[Sample],
+    *,
+    row_tokens: int,
+    rows_per_micro_batch: int,
+    slot_multiple: int,
+    shards: int = 1,
+    rows: list[list[int]] | None = None,
 ) -> PackedBatch:
     """Packs samples into micro-batches of `rows_per_micro_batch` rows, spread evenly over `shards` parts of the devices.
 
     Every micro-batch has the same shapes whatever the samples: the slots can hold every token of a shard's rows, rounded
-    up to `slot_multiple` (the chunk of rl/logprobs.py); `count` says how many are used. Raises ValueError naming the
-    sample when one is longer than a row.
+    up to `slot_multiple` (the chunk of rl/logprobs.py); `count` says how many are used. `rows` are the samples of each
+    row where the caller has assigned them. Raises ValueError naming the sample when one is longer than a row.
     """
     if rows_per_micro_batch % shards:
         raise ValueError(
@@ -150,7 +156,8 @@ def pack(
                 f"{sample.name}: {len(sample.tokens)} tokens do not fit a row of trainer.policy.row_tokens {row_tokens}; "
                 f"raise it to at least the prompt plus the response (generator.max_input_length + max_generate_length)"
             )
-    rows = assign_rows([len(s.tokens) for s in samples], row_tokens)
+    if rows is None:
+        rows = assign_rows([len(s.tokens) for s in samples], row_tokens)
     micro_batches, owners = [], []
     for part in _deal(rows, samples, rows_per_micro_batch, shards):
         arrays, owner = _fill(part, samples, row_tokens, rows_per_micro_batch, slot_multiple)

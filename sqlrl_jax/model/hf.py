@@ -173,7 +173,7 @@ class Reader:
         """transformers ties the output matrix to the embedding whatever the file holds; both are the same, or refused."""
         if self.config.tie_word_embeddings and _HEAD in self._slices:
             for start in range(0, self.config.vocab_size, 8192):
-                rows = slice(start, start + 8192)
+                rows = slice(start, min(start + 8192, self.config.vocab_size))
                 if not np.array_equal(self._slices[_HEAD][rows], self._slices[_EMBEDDING][rows]):
                     raise CheckpointError(
                         f"{self._files[_HEAD]}: {_HEAD} differs from {_EMBEDDING} although config.json says"

@@ -1,0 +1,190 @@
+"""The decoder against itself (packed, scanned, rematerialised) and its parts against slow, obvious versions."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sqlrl_jax.model.attention import segment_attention
+from sqlrl_jax.model.config import Llama3Scaling, ModelConfig
+from sqlrl_jax.model.decoder import (
+    Compute,
+    Decoder,
+    apply_rope,
+    finish_block,
+    forward,
+    fuse_layer,
+    init_params,
+    project_qkv,
+    rope_frequencies,
+    rope_table,
+    unembedding,
+    unstack_layers,
+)
+from sqlrl_jax.model.params import flatten, nest, param_specs, parameter_count
+
+QWEN2 = ModelConfig("qwen2", 61, 32, 48, 2, 4, 2, 8, attention_bias=True, tie_word_embeddings=True)
+QWEN3 = ModelConfig("qwen3", 61, 32, 48, 2, 4, 2, 16, qk_norm=True)
+LLAMA = ModelConfig("llama", 61, 32, 48, 3, 4, 1, 8, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 16))
+FAMILIES = pytest.mark.parametrize("config", [QWEN2, QWEN3, LLAMA], ids=lambda c: c.model_type)
+
+
+@functools.cache
+def params_of(config: ModelConfig) -> dict:
+    """Random parameters with nothing left at zero or one, so that a forgotten bias or norm shows."""
+    flat = flatten(init_params(config, 0))
+    keys = jax.random.split(jax.random.key(1), len(flat))
+    return nest({p: v + 0.2 * jax.random.normal(k, v.shape) for (p, v), k in zip(flat.items(), keys, strict=True)})
+
+
+def run(config: ModelConfig, params: dict, tokens: np.ndarray, segments: np.ndarray, **how: object) -> np.ndarray:
+    positions = np.zeros_like(tokens)
+    for row, ids in enumerate(segments):
+        for segment in set(ids.tolist()):
+            positions[row, ids == segment] = np.arange((ids == segment).sum())
+    return np.asarray(jax.jit(lambda p: forward(config, p, tokens, positions, segments, Compute(**how)))(params))
+
+
+@FAMILIES
+def test_packed_rows_equal_separate_sequences(config: ModelConfig) -> None:
+    params, rng = params_of(config), np.random.default_rng(0)
+    lengths = (5, 9, 3)
+    sequences = [rng.integers(0, 61, n) for n in lengths]
+    tokens = np.concatenate([*sequences, np.zeros(4, int)])[None]
+    segments = np.repeat([1, 2, 3, 0], [*lengths, 4])[None]
+    packed = run(config, params, tokens, segments)[0]
+    assert np.isfinite(packed).all()
+    start = 0
+    for sequence in sequences:
+        alone = run(config, params, sequence[None], np.ones_like(sequence)[None])[0]
+        np.testing.assert_allclose(packed[start : start + len(sequence)], alone, atol=2e-5)
+        start += len(sequence)
+
+
+@FAMILIES
+def test_a_token_sees_the_past_only(config: ModelConfig) -> None:
+    params, tokens = params_of(config), np.arange(12)[None] % 61
+    changed = tokens.copy()
+    changed[0, 7] = 50
+    before, after = (run(config, params, t, np.ones_like(t))[0] for t in (tokens, changed))
+    np.testing.assert_array_equal(before[:7], after[:7])
+    assert (np.abs(before[7:] - after[7:]).max(axis=-1) > 1e-4).all()
+
+
+def test_scan_unrolled_and_remat_give_one_result() -> None:
+    config, params = QWEN2, params_of(QWEN2)
+    tokens = np.random.default_rng(1).integers(0, 61, (2, 10))
+    segments = np.array([[1] * 6 + [2] * 4, [1] * 8 + [0] * 2])
+    weight = np.random.default_rng(2).normal(size=(2, 10, 32)).astype(np.float32)
+
+    def gradients(**how: object) -> dict:
+        def loss(p: dict) -> jax.Array:
+            return (forward(config, p, tokens, tokens * 0 + np.arange(10), segments, Compute(**how)) * weight).sum()
+
+        value, grads = jax.jit(jax.value_and_grad(loss))(params)
+        return {"loss": value, **flatten(grads)}
+
+    expected = gradients()
+    for how in ({"scan_layers": False}, {"remat": "full"}):
+        for name, value in gradients(**how).items():
+            np.testing.assert_allclose(value, expected[name], rtol=2e-4, atol=2e-4, err_msg=f"{name} with {how}")
+
+
+def test_bfloat16_is_near_float32() -> None:
+    params, tokens = init_params(QWEN2, 0), np.arange(16)[None]
+    full, half = (run(QWEN2, params, tokens, np.ones_like(tokens), dtype=d) for d in ("float32", "bfloat16"))
+    assert half.dtype == jnp.bfloat16
+    assert 0 < np.abs(full - half.astype(np.float32)).max() < 0.1
+
+
+@given(
+    length=st.sampled_from([1, 7, 64, 65, 150]),
+    heads=st.sampled_from([(1, 1), (4, 2), (6, 2), (3, 3)]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=8, deadline=None)
+def test_attention_equals_a_loop(length: int, heads: tuple[int, int], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    count, kv = heads
+    q = rng.normal(size=(2, length, count, 4)).astype(np.float32)
+    k, v = rng.normal(size=(2, 2, length, kv, 4)).astype(np.float32)
+    segments = np.sort(rng.integers(0, 4, (2, length)), axis=1)
+    got = np.asarray(jax.jit(segment_attention)(jnp.array(q), jnp.array(k), jnp.array(v), jnp.array(segments)))
+    for b in range(2):
+        for i in rng.choice(length, min(length, 20), replace=False):
+            seen = [j for j in range(i + 1) if segments[b, j] == segments[b, i]]
+            for h in range(count):
+                scores = k[b, seen, h // (count // kv)] @ q[b, i, h] / 2.0
+                weights = np.exp(scores - scores.max())
+                expected = weights / weights.sum() @ v[b, seen, h // (count // kv)]
+                np.testing.assert_allclose(got[b, i, h], expected, atol=1e-5)
+
+
+def test_rope_rotates_pairs_half_a_head_apart() -> None:
+    x = jnp.zeros((1, 3, 1, 8)).at[..., 1].set(1.0)
+    turned = np.asarray(apply_rope(x, rope_table(QWEN2, jnp.array([[0, 1, 700]]))))[0, :, 0]
+    angle = np.array([0, 1, 700]) * 10_000 ** (-2 / 8)
+    np.testing.assert_allclose(turned[:, 1], np.cos(angle), atol=1e-4)
+    np.testing.assert_allclose(turned[:, 5], np.sin(angle), atol=1e-4)
+    assert np.abs(np.delete(turned, [1, 5], axis=1)).max() == 0
+
+
+def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones() -> None:
+    plain = rope_frequencies(dataclasses.replace(LLAMA, rope_scaling=None, head_dim=64))
+    scaled = rope_frequencies(dataclasses.replace(LLAMA, head_dim=64))
+    waves = 2 * np.pi / plain
+    np.testing.assert_array_equal(scaled[waves < 4], plain[waves < 4])
+    np.testing.assert_allclose(scaled[waves > 16], plain[waves > 16] / 8, rtol=1e-6)
+    between = (waves > 4) & (waves < 16)
+    assert between.any()
+    assert ((scaled < plain) & (scaled > plain / 8))[between].all()
+
+
+@FAMILIES
+def test_the_module_owns_the_declared_parameters(config: ModelConfig) -> None:
+    decoder = Decoder(config, rngs=nnx.Rngs(0))
+    specs = param_specs(config)
+    assert {p: v.shape for p, v in flatten(decoder.params()).items()} == {p: s.shape for p, s in specs.items()}
+    assert sum(v.size for v in jax.tree.leaves(decoder.params())) == parameter_count(config)
+    state = nnx.state(decoder, nnx.Param)
+    assert state["layers"]["k"].axes == ("layers", "embed", "kv_heads")
+    tokens = jnp.arange(6)[None]
+    hidden = nnx.jit(lambda m: m(tokens, tokens, tokens * 0 + 1))(decoder)
+    np.testing.assert_allclose(
+        hidden, run(config, decoder.params(), np.asarray(tokens), np.ones((1, 6), int)), atol=1e-5
+    )
+    assert decoder.unembed().shape == (32, 61)
+
+
+def test_tied_head_is_the_embedding() -> None:
+    tied, free = params_of(QWEN2), params_of(QWEN3)
+    np.testing.assert_array_equal(unembedding(tied), tied["embedding"].T)
+    assert unembedding(free) is free["lm_head"]
+
+
+@FAMILIES
+def test_joined_matrices_give_the_same_block(config: ModelConfig) -> None:
+    layer = unstack_layers(params_of(config)["layers"], config.num_hidden_layers)[1]
+    x = jax.random.normal(jax.random.key(5), (1, 4, 32))
+    rope = rope_table(config, jnp.arange(4)[None])
+    for apart, joined in zip(
+        project_qkv(config, layer, x, rope), project_qkv(config, fuse_layer(layer), x, rope), strict=True
+    ):
+        np.testing.assert_allclose(apart, joined, atol=1e-5)
+    attended = jax.random.normal(jax.random.key(6), (1, 4, config.num_attention_heads, config.head_dim))
+    np.testing.assert_allclose(
+        finish_block(config, layer, x, attended), finish_block(config, fuse_layer(layer), x, attended), atol=1e-5
+    )
+
+
+def test_unstacked_layers_are_the_slices() -> None:
+    layers = params_of(LLAMA)["layers"]
+    parts = unstack_layers(layers, 3)
+    for name, stacked in layers.items():
+        np.testing.assert_array_equal(np.stack([p[name] for p in parts]), stacked)

@@ -1,0 +1,176 @@
+"""Checkpoint folders: what is written is read back, and everything that does not fit is named."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from sqlrl_jax.config import MeshConfig
+from sqlrl_jax.export import import_model
+from sqlrl_jax.mesh import make_mesh
+from sqlrl_jax.model.config import ModelConfig
+from sqlrl_jax.model.decoder import init_params
+from sqlrl_jax.model.hf import CheckpointError, from_hf_tensors, hf_manifest, load_hf, save_hf, to_hf_tensors
+from sqlrl_jax.model.hf_files import plan_shards, write_checkpoint
+from sqlrl_jax.model.params import flatten, parameter_count
+
+TIED = ModelConfig("qwen2", 61, 32, 48, 2, 4, 2, 8, attention_bias=True, tie_word_embeddings=True)
+FREE = ModelConfig("qwen3", 61, 32, 48, 2, 4, 2, 16, qk_norm=True, eos_token_ids=(3, 4))
+LLAMA = ModelConfig("llama", 61, 32, 48, 2, 4, 1, 8)
+FAMILIES = pytest.mark.parametrize("config", [TIED, FREE, LLAMA], ids=["qwen2", "qwen3", "llama"])
+
+
+def assert_same(left: dict, right: dict) -> None:
+    left, right = flatten(left), flatten(right)
+    assert left.keys() == right.keys()
+    for name in left:
+        np.testing.assert_array_equal(np.asarray(left[name]), np.asarray(right[name]), err_msg=name)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    save_hf(tmp_path / "model", init_params(TIED, 0), TIED)
+    return tmp_path / "model"
+
+
+def rewrite(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@FAMILIES
+def test_folder_and_back(config: ModelConfig, tmp_path: Path) -> None:
+    params = init_params(config, 0)
+    save_hf(tmp_path / "out", params, config)
+    assert ModelConfig.from_dir(tmp_path / "out") == config
+    assert_same(load_hf(tmp_path / "out"), params)
+    assert_same(load_hf(tmp_path / "out", mesh=make_mesh(MeshConfig(), jax.devices()[:1])), params)
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="np") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert file.get_tensor("model.layers.1.mlp.down_proj.weight").shape == (32, 48)
+
+
+@FAMILIES
+def test_tensors_follow_the_manifest_and_come_back(config: ModelConfig) -> None:
+    params = init_params(config, 0)
+    tensors = jax.jit(lambda p: to_hf_tensors(p, config, "bfloat16"))(params)
+    for spec in hf_manifest(config, "bfloat16"):
+        assert (tensors[spec.name].shape, str(tensors[spec.name].dtype)) == (spec.shape, spec.dtype)
+    assert len(tensors) == len(hf_manifest(config, "bfloat16"))
+    assert sum(t.size for t in tensors.values()) == parameter_count(config)
+    as_numpy = {name: np.asarray(value) for name, value in tensors.items()}
+    expected = jax.tree.map(lambda p: p.astype(jnp.bfloat16).astype(jnp.float32), params)
+    assert_same(from_hf_tensors(as_numpy, config, "float32"), expected)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is missing"):
+        from_hf_tensors({n: v for n, v in as_numpy.items() if n != "model.norm.weight"}, config, "float32")
+
+
+def test_bfloat16_folder(tmp_path: Path) -> None:
+    params = init_params(FREE, 0)
+    save_hf(tmp_path / "out", params, FREE, "bfloat16")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert_same(load_hf(tmp_path / "out", dtype="bfloat16"), jax.tree.map(lambda p: p.astype(jnp.bfloat16), params))
+
+
+def test_shards_with_an_index(tmp_path: Path) -> None:
+    params = init_params(LLAMA, 0)
+    tensors = {n: np.asarray(t) for n, t in to_hf_tensors(params, LLAMA, "float32").items()}
+    manifest = hf_manifest(LLAMA, "float32")
+    write_checkpoint(tmp_path / "out", manifest, tensors.items(), LLAMA.to_hf(), None, shard_bytes=20_000)
+    files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
+    assert len(files) == len(plan_shards(manifest, 20_000)) > 2
+    assert all((tmp_path / "out" / f).stat().st_size < 24_000 for f in files)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == {s.name for s in manifest}
+    assert index["metadata"]["total_size"] == 4 * parameter_count(LLAMA)
+    assert_same(load_hf(tmp_path / "out"), params)
+    (tmp_path / "out" / files[1]).unlink()
+    with pytest.raises(CheckpointError, match=files[1]):
+        load_hf(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), r"model\.norm\.weight is missing"),
+        (lambda t: t.update(extra=np.zeros(2, np.float32)), "extra is not a tensor of this model"),
+        (
+            lambda t: t.update({"model.layers.1.self_attn.k_proj.weight": np.zeros((32, 16), np.float32)}),
+            r"k_proj\.weight has shape \(32, 16\), config.json asks for \(16, 32\)",
+        ),
+        (lambda t: t.update({"model.norm.weight": np.zeros(32, np.int8)}), r"model\.norm\.weight has type I8"),
+        (lambda t: t.update({"lm_head.weight": np.zeros((61, 32), np.float32)}), "tie_word_embeddings"),
+    ],
+)
+def test_what_does_not_fit_is_named(saved: Path, change, message: str) -> None:
+    rewrite(saved, change)
+    with pytest.raises(CheckpointError, match=message):
+        load_hf(saved)
+
+
+def test_leftovers_of_other_programs_are_harmless(saved: Path) -> None:
+    expected = load_hf(saved)
+
+    def change(tensors: dict) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
+
+    rewrite(saved, change)
+    assert_same(load_hf(saved), expected)
+
+
+@pytest.mark.parametrize("keep", [4, 200, -100])
+def test_a_damaged_file_is_named(saved: Path, keep: int) -> None:
+    file = saved / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        load_hf(saved)
+
+
+def test_no_weights_no_folder_or_a_pickle(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        load_hf(tmp_path / "nowhere", TIED)
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(CheckpointError, match="pickle"):
+        load_hf(tmp_path, TIED)
+
+
+def test_export_replaces_a_checkpoint_and_nothing_else(saved: Path, tmp_path: Path) -> None:
+    save_hf(saved, init_params(TIED, 1), TIED)
+    assert_same(load_hf(saved), init_params(TIED, 1))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="is not a checkpoint folder"):
+        save_hf(tmp_path / "notes", init_params(TIED, 0), TIED)
+    assert (tmp_path / "notes" / "a.txt").read_text() == "mine"
+
+
+def test_a_failed_export_leaves_nothing(saved: Path, tmp_path: Path) -> None:
+    before = (saved / "model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match="holds no tokenizer"):
+        save_hf(saved, init_params(TIED, 1), TIED, tokenizer_source=tmp_path / "empty")
+    assert (saved / "model.safetensors").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_import_checks_and_carries_the_tokenizer(saved: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "optimizer.pt"):
+        (saved / name).write_text(name)
+    rewrite(saved, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
+    report = import_model(saved, tmp_path / "ours")
+    assert (report.parameters, report.model_type, report.dtype) == (parameter_count(TIED), "qwen2", "float32")
+    assert_same(load_hf(tmp_path / "ours"), load_hf(saved))
+    names = {p.name for p in (tmp_path / "ours").iterdir()}
+    assert names == {
+        *("config.json", "model.safetensors"),
+        *("tokenizer.json", "chat_template.jinja", "generation_config.json"),
+    }
+    assert import_model(saved, tmp_path / "half", "bfloat16").dtype == "bfloat16"
+    with pytest.raises(ValueError, match="another folder"):
+        import_model(saved, saved)

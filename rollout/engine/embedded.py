@@ -27,7 +27,7 @@ import numpy as np
 from rollout.chat import Chat, load_tokenizer
 from rollout.engine.base import Engine, EngineError, Session
 from rollout.types import Generation, SamplingParams, TensorSpec
-from sqlrl_jax import slots
+from sqlrl_jax import compile_cache, slots
 from sqlrl_jax.config import Config
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.hf import from_hf_tensors, hf_manifest, load_hf
@@ -74,6 +74,7 @@ class EmbeddedEngine(Engine):
     """See the module. Weights are loaded from `trainer.policy.model.path` as version 0."""
 
     def __init__(self, config: Config, barrier_timeout: float = 120.0) -> None:
+        compile_cache.enable(config.trainer.compile_cache)
         generator = config.generator
         self.tokenizer_dir = config.trainer.policy.model.path
         self.model_config = ModelConfig.from_dir(self.tokenizer_dir)

@@ -57,6 +57,7 @@ def engine_config(folder: Path, *overrides: str) -> Config:
         None,
         [
             f"trainer.policy.model.path={folder}",
+            "trainer.compile_cache=",
             "generator.max_input_length=400",
             "generator.sampling_params.max_generate_length=64",
             "generator.inference_engine.max_sequences=16",

@@ -23,17 +23,12 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from rollout.errors import UserError
 from sqlrl_jax.model.config import ModelConfig
-from sqlrl_jax.model.hf_files import TOKENIZER_FILES
+from sqlrl_jax.model.hf_files import TOKENIZER_FILES, CheckpointError
 from sqlrl_jax.model.params import Params, abstract_params
 from sqlrl_jax.step import State
 
 _MODEL = "model"
-
-
-class CheckpointError(UserError):
-    """No checkpoint can be read, or none is there; the message names the folder."""
 
 
 class Trained(Protocol):
@@ -41,7 +36,10 @@ class Trained(Protocol):
 
     state: State
     model_config: ModelConfig
-    tokenizer_dir: Path
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """Where the tokenizer's files are."""
 
     def abstract_state(self) -> State:
         """Shapes, dtypes and shardings of `state`."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.hf import Reader, hf_manifest, hf_table, save_hf
-from sqlrl_jax.model.hf_files import write_checkpoint
+from sqlrl_jax.model.hf_files import CheckpointError, write_checkpoint
 from sqlrl_jax.model.params import parameter_count
 
 
@@ -27,6 +27,14 @@ class Report:
     parameters: int
     dtype: str
 
+    def __str__(self) -> str:
+        return f"{self.path}: {self.model_type}, {self.parameters:,} parameters, {self.dtype}"
+
+
+def _require_new(out: str | Path) -> None:
+    if Path(out).exists():
+        raise CheckpointError(f"{out} exists already: remove it or name another folder for --out")
+
 
 def import_model(hf_dir: str | Path, out: str | Path, dtype: str | None = None) -> Report:
     """Check a Hugging Face checkpoint and write it to `out`, tensor by tensor, with its tokenizer and chat template.
@@ -34,7 +42,8 @@ def import_model(hf_dir: str | Path, out: str | Path, dtype: str | None = None) 
     `dtype` None keeps the checkpoint's own. Raises ModelConfigError or CheckpointError naming what does not fit."""
     config = ModelConfig.from_dir(hf_dir)
     if Path(hf_dir).resolve() == Path(out).resolve():
-        raise ValueError(f"{out} is the checkpoint itself: name another folder for --out")
+        raise CheckpointError(f"{out} is the checkpoint itself: name another folder for --out")
+    _require_new(out)
     with Reader(hf_dir, config) as reader:
         kept = dtype or reader.dtype()
 
@@ -49,6 +58,7 @@ def import_model(hf_dir: str | Path, out: str | Path, dtype: str | None = None) 
 
 def export_checkpoint(checkpoint: str | Path, out: str | Path, dtype: str = "float32") -> Report:
     """Write the weights of a training checkpoint (or of a run's latest one) as a Hugging Face folder."""
+    _require_new(out)
     from sqlrl_jax.checkpoint import load_params  # Orbax takes seconds to import; an import does not need it
 
     params, config, tokenizer = load_params(checkpoint)

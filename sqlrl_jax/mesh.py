@@ -14,7 +14,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from sqlrl_jax.config import MeshConfig
+from sqlrl_jax.config import ConfigError, MeshConfig
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 
@@ -31,7 +31,7 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes AXES over `devices` (default: all). Raises ValueError when the sizes do not fit them."""
+    """A mesh with the axes AXES over `devices` (default: all). Raises ConfigError when the sizes do not fit them."""
     devices = jax.devices() if devices is None else list(devices)
     sizes = {name: getattr(config, name) for name in AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -40,7 +40,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         sizes[free[0]] = len(devices) // fixed
     elif free or fixed != len(devices):
         asked = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        raise ValueError(
+        raise ConfigError(
             f"trainer.mesh ({asked}) needs {'a multiple of ' if free else ''}{fixed} device(s), but there are"
             f" {len(devices)}: change the sizes, or give one axis -1 to take what is left"
         )

@@ -13,7 +13,7 @@ import jax
 import optax
 import optax.contrib
 
-from sqlrl_jax.config import OptimizerConfig
+from sqlrl_jax.config import ConfigError, OptimizerConfig
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.params import ParamSpec, nest, param_specs
 
@@ -31,7 +31,7 @@ def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
         after: optax.Schedule = optax.constant_schedule(config.lr)
     else:
         if total_steps <= warmup:
-            raise ValueError(
+            raise ConfigError(
                 f"scheduler cosine: num_warmup_steps {warmup} must be less than the run's {total_steps} optimizer steps"
             )
         after = optax.cosine_decay_schedule(config.lr, total_steps - warmup)

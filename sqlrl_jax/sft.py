@@ -48,7 +48,7 @@ _REPORT_EVERY = 50
 _TOKENIZER_TEXTS = 12_000
 
 
-def objective(out: TokenLogprobs, batch: dict[str, Array]) -> tuple[Float[Array, ""], Sums]:
+def objective(out: TokenLogprobs, batch: dict[str, Any]) -> tuple[Float[Array, ""], Sums]:
     """Weighted next-token loss of a micro-batch."""
     return cross_entropy(out.logprobs, batch["weights"], out.greedy, batch["mask"])
 

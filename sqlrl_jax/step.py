@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from sqlrl_jax.config import PolicyConfig
 from sqlrl_jax.data.packing import Arrays, PackedBatch
@@ -34,12 +34,15 @@ Objective = Callable[[TokenLogprobs, dict[str, Array]], tuple[Float[Array, ""], 
 
 
 class State(NamedTuple):
-    """All that a step changes. `step` counts applied optimizer steps, `skipped` those with a non-finite gradient."""
+    """All that a step changes. `step` counts applied optimizer steps, `skipped` those with a non-finite gradient.
+
+    The leaves are arrays, or in the same places their shapes or shardings; the counters are scalars, int32.
+    """
 
     params: Params
     opt_state: Any
-    step: Int[Array, ""]
-    skipped: Int[Array, ""]
+    step: Any
+    skipped: Any
 
 
 class Stepper:

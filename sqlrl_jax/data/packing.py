@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from rollout.types import Trajectory
+from sqlrl_jax.config import ConfigError
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def pack(
     row where the caller has assigned them. Raises ValueError naming the sample when one is longer than a row.
     """
     if rows_per_micro_batch % shards:
-        raise ValueError(
+        raise ConfigError(
             f"trainer.policy.rows_per_micro_batch {rows_per_micro_batch} must be a multiple of the {shards} parts the mesh "
             f"splits a batch into (data x fsdp)"
         )
@@ -200,7 +201,7 @@ def _fill(
     shards = len(part)
     per_shard = n_rows // shards
     slots = -(-per_shard * row_tokens // slot_multiple) * slot_multiple
-    rows = {k: np.zeros((n_rows, row_tokens), np.int32) for k in ("tokens", "positions", "segment_ids")}
+    rows: Arrays = {k: np.zeros((n_rows, row_tokens), np.int32) for k in ("tokens", "positions", "segment_ids")}
     flat: Arrays = {
         "index": np.zeros((shards, slots), np.int32),
         "targets": np.zeros((shards, slots), np.int32),
@@ -231,4 +232,4 @@ def _fill(
                 owner[to] = i
                 used[shard] += len(at)
                 start += n
-    return rows | flat | {"count": np.int32(max(used))}, owner
+    return rows | flat | {"count": np.asarray(max(used), np.int32)}, owner

@@ -12,13 +12,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from rollout.errors import UserError
 from rollout.types import Task
 
 REQUIRED = ("id", "db_id", "question", "gold_sql")
 OPTIONAL = ("evidence", "source", "schema", "prompt")
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A file of questions is missing or malformed; the message names file, line and field."""
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rollout.errors import UserError
+
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -39,7 +41,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-class ModelConfigError(ValueError):
+class ModelConfigError(UserError):
     """A `config.json` that the decoder cannot follow exactly; the message names the field."""
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from rollout.errors import UserError
 from rollout.types import TensorSpec
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -27,7 +29,7 @@ TOKENIZER_FILES = (
 )
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint folder that cannot be read or written; the message names file or tensor and what was expected."""
 
 
@@ -88,7 +90,11 @@ def write_checkpoint(
         _write_weights(partial, plan_shards(manifest, shard_bytes), iter(tensors))
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         copy_tokenizer(tokenizer_source, partial)
+        for file in partial.iterdir():
+            file.chmod(0o644)  # safetensors makes its files private
         _move(partial, directory)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{directory} could not be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

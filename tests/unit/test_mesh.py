@@ -5,7 +5,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from sqlrl_jax.config import MeshConfig
+from sqlrl_jax.config import ConfigError, MeshConfig
 from sqlrl_jax.mesh import AXES, RULES, batch_sharding, make_mesh, partition_spec
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.params import param_specs
@@ -24,7 +24,7 @@ def test_one_device_is_a_mesh_too() -> None:
 
 @pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2}, {"data": 3, "fsdp": -1}])
 def test_sizes_that_do_not_fit_are_named(sizes: dict) -> None:
-    with pytest.raises(ValueError, match=r"data . ?.*there are 1"):
+    with pytest.raises(ConfigError, match=r"data . ?.*there are 1"):
         make_mesh(MeshConfig(**sizes), jax.devices()[:1])
 
 

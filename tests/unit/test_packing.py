@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollout.types import Trajectory
+from sqlrl_jax.config import ConfigError
 from sqlrl_jax.data.packing import PackedBatch, Sample, assign_rows, pack, samples_of
 
 ROW = 16
@@ -120,5 +121,5 @@ def test_errors_name_the_episode() -> None:
     broken.logprobs.pop()
     with pytest.raises(ValueError, match="task t sample 0: prompt 2, response 2, loss_mask 2, logprobs 1"):
         samples_of([broken], [0.0], "token_mean")
-    with pytest.raises(ValueError, match="must be a multiple of the 3 parts"):
+    with pytest.raises(ConfigError, match="must be a multiple of the 3 parts"):
         make([(2, [1])], 3)

@@ -81,7 +81,7 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _show_config(args: argparse.Namespace) -> int:
-    from sqlrl_jax.config import settings
+    from sqlrl_jax.config_file import settings
 
     for setting in settings(_config(args)):
         changed = "" if setting.value == setting.default else f"  (default {setting.default!r})"
@@ -90,7 +90,7 @@ def _show_config(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace):  # type: ignore[no-untyped-def]  # its type would import pydantic
-    from sqlrl_jax.config import load
+    from sqlrl_jax.config_file import load
 
     return load(args.config, args.settings)
 

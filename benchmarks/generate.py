@@ -28,7 +28,7 @@ import numpy as np  # noqa: E402
 
 from rollout.engine.embedded import EmbeddedEngine  # noqa: E402
 from rollout.types import SamplingParams  # noqa: E402
-from sqlrl_jax.config import load  # noqa: E402
+from sqlrl_jax.config_file import load  # noqa: E402
 from sqlrl_jax.data.demo_tokenizer import train_tokenizer  # noqa: E402
 from sqlrl_jax.model.config import ModelConfig  # noqa: E402
 from sqlrl_jax.model.decoder import init_params  # noqa: E402

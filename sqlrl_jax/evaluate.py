@@ -15,7 +15,7 @@ from typing import Any
 from rollout.chat import load_tokenizer
 from rollout.errors import UserError
 from rollout.types import Task, Trajectory
-from sqlrl_jax import config as configuration
+from sqlrl_jax import config_file
 from sqlrl_jax.config import Config
 from sqlrl_jax.data.demo import ensure
 from sqlrl_jax.data.questions import validation
@@ -65,7 +65,7 @@ def main(
     results: list[tuple[int, dict[str, float]]] = []
     with TemporaryDirectory() as folder:
         file = Path(folder, "config.yaml")
-        configuration.save(config, file)
+        config_file.save(config, file)
         fleet = Fleet(config, file, Path(folder, "service.log"), display.print)
         try:
             for limit in limits:
@@ -119,4 +119,4 @@ def _with(
             overrides.append((key, [path] if key == "data.val_data" else path))
     if samples is not None:
         overrides.append(("generator.eval_n_samples_per_prompt", samples))
-    return configuration.override(config, overrides)
+    return config_file.override(config, overrides)

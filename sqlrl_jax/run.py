@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from rollout.errors import UserError
 from rollout.types import Task, Trajectory
-from sqlrl_jax import config as configuration
+from sqlrl_jax import config_file
 from sqlrl_jax.config import Config
 
 Decode = Callable[[list[int]], str]
@@ -50,7 +50,7 @@ class Run:
             self.trajectories.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.dir / ".lock")
             self.id, self.epoch = _count_start(self.dir / ".starts.json")
-            configuration.save(config, self.dir / "config.yaml")
+            config_file.save(config, self.dir / "config.yaml")
             self._log: IO[str] = self.log_file.open("a", encoding="utf-8")
         except OSError as error:
             raise RunError(f"run folder {self.dir}: {error.strerror or error}") from None

@@ -11,14 +11,14 @@ from rollout.chat import Chat, load_tokenizer
 from rollout.errors import UserError
 from rollout.types import Trajectory
 from sqlrl_jax import config as configuration
-from sqlrl_jax import sft
+from sqlrl_jax import config_file, sft
 from sqlrl_jax.data.tasks import read_tasks
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.hf import load_hf
 
 
 def settings(folder: Path, *overrides: str) -> configuration.Config:
-    return configuration.load(
+    return config_file.load(
         Path(__file__).parents[2] / "configs" / "coldstart.yaml",
         [
             f"sft.demonstrations={folder}/demo",

@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from sqlrl_jax import config as configuration
+from sqlrl_jax import config_file
 
 SOURCES = ("aggregate", "join", "look up a value", "repair", "tie")
 
@@ -90,7 +90,7 @@ def make_run(folder: Path, steps: int = 60, questions: int = 40) -> Path:
     """A run whose accuracy rises; the first held-out episodes guess, the last ones look and repair."""
     (folder / "trajectories").mkdir(parents=True)
     settings = ["trainer.train_batch_size=32", "trainer.policy_mini_batch_size=32"]
-    configuration.save(configuration.load(None, settings), folder / "config.yaml")
+    config_file.save(config_file.load(None, settings), folder / "config.yaml")
     rng = random.Random(0)
     entries = [eval_entry(0, steps, 5), eval_entry(0, steps, 1)]
     for step in range(1, steps + 1):

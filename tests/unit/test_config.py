@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sqlrl_jax import config as configuration
+from sqlrl_jax import config_file
 from sqlrl_jax.config import Config, ConfigError
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
@@ -12,13 +12,13 @@ CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
 def test_every_shipped_configuration_loads(path):
-    assert isinstance(configuration.load(path), Config)
+    assert isinstance(config_file.load(path), Config)
 
 
 def test_saved_configuration_loads_to_an_equal_one(tmp_path):
-    config = configuration.load(None, ["trainer.policy.optimizer_config.lr=1e-4", "generator.services=[a:1, b:2]"])
-    configuration.save(config, tmp_path / "c.yaml")
-    assert configuration.load(tmp_path / "c.yaml") == config
+    config = config_file.load(None, ["trainer.policy.optimizer_config.lr=1e-4", "generator.services=[a:1, b:2]"])
+    config_file.save(config, tmp_path / "c.yaml")
+    assert config_file.load(tmp_path / "c.yaml") == config
     assert config.trainer.policy.optimizer_config.lr == 1e-4
 
 
@@ -42,7 +42,7 @@ def test_saved_configuration_loads_to_an_equal_one(tmp_path):
 )
 def test_bad_settings_are_named(override, expected):
     with pytest.raises(ConfigError) as caught:
-        configuration.load(None, [override])
+        config_file.load(None, [override])
     assert expected in str(caught.value)
 
 
@@ -54,12 +54,12 @@ def test_bad_files_are_named(tmp_path, text, expected):
     if text is not None:
         path.write_text(text)
     with pytest.raises(ConfigError, match=expected) as caught:
-        configuration.load(path)
+        config_file.load(path)
     assert str(path) in str(caught.value)
 
 
 def test_evaluation_inherits_sampling_that_is_not_given():
-    config = configuration.load(
+    config = config_file.load(
         None, ["generator.sampling_params.temperature=0.6", "generator.eval_sampling_params.max_generate_length=7"]
     )
     sampling = config.generator.eval_sampling()
@@ -67,4 +67,4 @@ def test_evaluation_inherits_sampling_that_is_not_given():
 
 
 def test_every_setting_has_a_meaning():
-    assert [s.key for s in configuration.settings(Config()) if not s.meaning] == []
+    assert [s.key for s in config_file.settings(Config()) if not s.meaning] == []

@@ -155,7 +155,7 @@ def test_floor_and_ceiling() -> None:
     guess = accuracy(PARAMETERS, "heldout", Player.guesser())
     expert = accuracy(PARAMETERS, "heldout", Player.expert())
     assert set(guess) == {*KINDS, "all"}
-    assert 0.33 <= guess["all"] <= 0.47
+    assert 0.2 <= guess["all"] <= 0.4
     assert set(expert.values()) == {1.0}
     tie_safe = accuracy(PARAMETERS, "heldout", Player(0, 0, 0, 0, 0, 1))
     assert guess["all"] < tie_safe["all"] <= 0.5  # as far as one gets without looking

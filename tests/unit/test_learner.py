@@ -13,6 +13,7 @@ import pytest
 
 from rollout.types import Trajectory
 from sqlrl_jax import config as configuration
+from sqlrl_jax import config_file
 from sqlrl_jax.learner import Learner
 from sqlrl_jax.mesh import make_mesh
 from sqlrl_jax.model.config import ModelConfig
@@ -41,7 +42,7 @@ fresh = jax.jit(partial(init_params, MODEL))
 
 
 def settings(*overrides: str) -> configuration.Config:
-    return configuration.load(
+    return config_file.load(
         None,
         [
             "generator.max_input_length=32",

@@ -17,7 +17,7 @@ from synthetic_run import SOURCES, episode, eval_entry, make_run, train_entry, t
 
 from rollout.errors import UserError
 from rollout.types import OUTCOMES
-from sqlrl_jax import config as configuration
+from sqlrl_jax import config_file
 from sqlrl_jax.config import Config
 from sqlrl_jax.report import write_report
 from sqlrl_jax.report_charts import Series, line_chart, running_mean, stacked_chart
@@ -137,7 +137,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
 def test_long_texts_are_cut_and_many_turns_are_left_out(tmp_path: Path) -> None:
     long = [turn(f"<think>{'t' * 50_000}</think><sql>{'<' * 50_000}</sql>", "ok", "", "o" * 90_000) for _ in range(30)]
     write_lines(tmp_path / "trajectories/train_000001.jsonl", [episode("train", 1, n, "wrong", long) for n in range(9)])
-    configuration.save(Config(), tmp_path / "config.yaml")
+    config_file.save(Config(), tmp_path / "config.yaml")
     source, page = page_of(tmp_path)
     assert "(48,800 more characters)" in page.text
     assert "… 24 turns not shown …" in page.text
@@ -148,7 +148,7 @@ def test_long_texts_are_cut_and_many_turns_are_left_out(tmp_path: Path) -> None:
 
 
 def test_run_that_has_only_begun(tmp_path: Path) -> None:
-    configuration.save(Config(), tmp_path / "config.yaml")
+    config_file.save(Config(), tmp_path / "config.yaml")
     _, page = page_of(tmp_path)
     assert "No step has finished yet" in page.text
     assert "No evaluation has finished yet." in page.text

@@ -7,21 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from sqlrl_jax import config as configuration
+from sqlrl_jax import config_file
 from sqlrl_jax.run import Run, RunError, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def make(tmp_path, *settings):
-    return configuration.load(None, [f"trainer.run_dir={tmp_path}/run", *settings])
+    return config_file.load(None, [f"trainer.run_dir={tmp_path}/run", *settings])
 
 
 def test_a_second_start_is_refused_and_says_how_to_go_on(tmp_path):
     run = Run(make(tmp_path))
     run.log_metrics("train", 1, {"a": 1.0})
     run.close()
-    with pytest.raises(RunError, match="trainer.resume_mode=latest"):
+    with pytest.raises(RunError, match=r"trainer\.resume_mode=latest"):
         Run(make(tmp_path))
     resumed = Run(make(tmp_path, "trainer.resume_mode=latest"))
     assert resumed.epoch == 2
@@ -39,7 +39,7 @@ def test_resuming_forgets_later_steps_and_a_torn_line(tmp_path):
     run = Run(make(tmp_path))
     for step in (1, 2, 3):
         run.log_metrics("train", step, {"a": float(step)})
-        run.log_episodes("train", step, [], {})
+        run.log_episodes("train", step, [], {}, str)
     with run.metrics_file.open("a") as file:
         file.write('{"kind": "train", "st')
     assert [m["step"] for m in read_metrics(run.metrics_file)] == [1, 2, 3]

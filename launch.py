@@ -8,6 +8,10 @@ import difflib
 import os
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sqlrl_jax.config import Config
 
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -89,7 +93,7 @@ def _show_config(args: argparse.Namespace) -> int:
     return 0
 
 
-def _config(args: argparse.Namespace):  # type: ignore[no-untyped-def]  # its type would import pydantic
+def _config(args: argparse.Namespace) -> Config:
     from sqlrl_jax.config_file import load
 
     return load(args.config, args.settings)

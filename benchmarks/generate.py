@@ -13,26 +13,22 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import jax
+import numpy as np
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-
-from rollout.engine.embedded import EmbeddedEngine  # noqa: E402
-from rollout.types import SamplingParams  # noqa: E402
-from sqlrl_jax.config_file import load  # noqa: E402
-from sqlrl_jax.data.demo_tokenizer import train_tokenizer  # noqa: E402
-from sqlrl_jax.model.config import ModelConfig  # noqa: E402
-from sqlrl_jax.model.decoder import init_params  # noqa: E402
-from sqlrl_jax.model.hf import save_hf  # noqa: E402
+from rollout.engine.embedded import EmbeddedEngine
+from rollout.types import SamplingParams
+from sqlrl_jax.config_file import load
+from sqlrl_jax.data.demo_tokenizer import train_tokenizer
+from sqlrl_jax.model.config import ModelConfig
+from sqlrl_jax.model.decoder import init_params
+from sqlrl_jax.model.hf import save_hf
 
 VOCABULARY = 1024
 

@@ -290,7 +290,7 @@ class SFTConfig(Section):
     """Folder of the demonstrations and their databases, generated if it is not there."""
     databases: int = Field(4000, ge=1)
     """Databases to generate demonstrations on; questions and seed are data.demo's."""
-    look: float = Field(0.45, ge=0, le=1)
+    look: float = Field(0.4, ge=0, le=1)
     """Share of the demonstrations' decisions that are careful: look first, mend an error, keep ties."""
     output: str = "models/quickstart"
     """Hugging Face folder to write: what trainer.policy.model.path of a run names."""

@@ -29,7 +29,7 @@ from sqlrl_jax.data.demo_schema import Database, build, make_database
 from sqlrl_jax.data.demo_script import Episode, Player, Rows, play, run_query
 from sqlrl_jax.data.tasks import DataError, read_tasks, write_tasks
 
-FORMAT = 5  # raise it when the same parameters give other data
+FORMAT = 6  # raise it when the same parameters give other data
 MARKER = "complete.json"
 MAX_TURNS = 5
 DRAWS = 20
@@ -46,7 +46,7 @@ class Parameters:
     heldout_databases: int
     questions_per_database: int
     demonstration_databases: int = 0
-    look: float = 0.45
+    look: float = 0.4
     spelled: float = 0.6
     renamed: float = 0.5
     demonstrations_hide: float = 0.8  # in place of both: what is found by looking must be seen often to be learned
@@ -127,7 +127,7 @@ def generate(
     questions_per_database: int,
     demonstrations: bool = True,
     demonstration_databases: int = 4000,
-    look: float = 0.45,
+    look: float = 0.4,
 ) -> Path:
     """Writes the task into `out_dir` unless a complete one with the same parameters is there; returns `out_dir`.
 
@@ -265,7 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--heldout-databases", type=int, default=40)
     parser.add_argument("--demonstration-databases", type=int, default=4000)
     parser.add_argument("--questions-per-database", type=int, default=8)
-    parser.add_argument("--look", type=float, default=0.45, help="share of careful decisions in demonstrations")
+    parser.add_argument("--look", type=float, default=0.4, help="share of careful decisions in demonstrations")
     parser.add_argument("--tokenizer", default="", help="also train the demo tokenizer and write it to this folder")
     args = vars(parser.parse_args(arguments))
     out, tokenizer_dir = Path(args.pop("out")), args.pop("tokenizer")

@@ -2,7 +2,7 @@
 
 Every database has one parent table, such as `shop(id, city, style)`, and one or two child tables, such as
 `sale(shop_id, item, price)`. Two things are hidden: how a text column spells its values (`paris` in a question may be
-stored as `#paris` or `paris7`), and the real name of a number column (the prompt says `price`, the table has
+stored as `#paris` or `paris/7`), and the real name of a number column (the prompt says `price`, the table has
 `price_net`). Both are drawn anew for each database, so no amount of training replaces a look. Words come from one small
 vocabulary for all databases: generalising to unknown words is not what this task is about. Upper-case spellings are left
 out because a small byte-pair vocabulary breaks them into pieces that share nothing with the lower-case word.
@@ -35,7 +35,7 @@ CHILD_TEXT = {
     "food": ("soup", "rice", "fish", "pie", "salad", "cake", "egg", "corn"),
 }
 PLAIN = "plain"
-SPELLINGS = ("hash", "number", "code", "bracket", "star", "level")
+SPELLINGS = ("hash", "code", "bracket", "star", "level")
 # Many, so that guessing the new name is hopeless and copying it from a result is what pays.
 SUFFIXES = "usd raw now two net sum day max real unit mean full kg cm eur pct base all avg total mine prev next old"
 RENAMES = tuple(f"{{}}_{suffix}" for suffix in SUFFIXES.split())
@@ -86,12 +86,11 @@ class Database:
 
 
 def spell(words: tuple[str, ...], spelling: str, rng: random.Random) -> dict[str, str]:
-    """Word → stored value. One spelling for a column; numbers differ from value to value, so each must be read."""
+    """Word → stored value. One spelling, with one letter or digit, for a column."""
     letter, digit = rng.choice(LETTERS), rng.randrange(10)
     forms = {
         PLAIN: lambda word: word,
         "hash": lambda word: f"#{word}",
-        "number": lambda word: f"{word}{rng.randrange(10)}",
         "code": lambda word: f"{letter}-{word}",
         "bracket": lambda word: f"[{word}]",
         "star": lambda word: f"{word}*",

@@ -81,7 +81,8 @@ def comparison(title: str, columns: list[tuple[str, dict[str, float]]]) -> Table
     keys = [k for k in columns[-1][1] if k.endswith("/avg_score")]
     keys.sort(key=lambda k: k != "eval/all/avg_score")
     rows = [(f"accuracy, {k.split('/')[1]}", k) for k in keys]
-    rows += [(f"pass@{columns[-1][1]['eval/samples']:.0f}", "eval/all/pass_at_n")]
+    if columns[-1][1]["eval/samples"] > 1:
+        rows.append((f"pass@{columns[-1][1]['eval/samples']:.0f}", "eval/all/pass_at_n"))
     rows += [(k.removeprefix("eval/outcome/").replace("_", " "), k) for k in columns[-1][1] if "/outcome/" in k]
     rows += [("looked before answering", "eval/looked_first")]
     for label, key in rows:

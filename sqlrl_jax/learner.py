@@ -144,7 +144,7 @@ class Learner:
             "policy/episodes": float(episodes),
             "policy/padding_fraction": 1.0 - _ratio(sum(b.tokens for b in batches), sum(b.capacity for b in batches)),
             "policy/optimizer_steps": float(len(steps)),
-            "policy/skipped_steps": float(self.state.skipped),
+            "policy/skipped_steps": float(sum(int(m["skipped"]) for _, m in steps)),
             "policy/compiles": float(self._stepper.compiles),
         }
         if not steps:  # every question had one reward for all its episodes: nothing to learn from

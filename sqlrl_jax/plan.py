@@ -58,10 +58,11 @@ def warnings_for(metrics: dict[str, float]) -> list[str]:
     if metrics["reward/groups_with_spread"] == 0:
         out.append("every group got one and the same reward, so there was nothing to learn from")
     if metrics["policy/skipped_steps"] > 0:
-        out.append("gradients were not finite; the update was skipped")
-    if metrics["policy/logprob_diff_max"] > 0.1:
+        out.append(f"gradients were not finite in {metrics['policy/skipped_steps']:.0f} update(s), which were skipped")
+    gap = metrics.get("policy/logprob_diff_max", 0.0)  # absent when nothing was trained on
+    if gap > 0.1:
         out.append(
-            f"learner and rollout disagree on a token's log-probability by {metrics['policy/logprob_diff_max']:.2g}; "
+            f"learner and rollout disagree on a token's log-probability by {gap:.2g}; "
             f"are both on the same weights and temperature?"
         )
     return out

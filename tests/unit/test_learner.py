@@ -181,7 +181,8 @@ def test_a_step_with_a_non_finite_gradient_changes_nothing_and_is_counted(value:
     assert int(subject.state.step) == 1
     assert_same(subject.state.params, params)
     assert_same(subject.state.opt_state, moments)
-    assert subject.update(batch, advantages(batch))["policy/skipped_steps"] == 1
+    assert subject.update(batch, advantages(batch))["policy/skipped_steps"] == 0
+    assert int(subject.state.skipped) == 1
     assert int(subject.state.step) == 2
 
 

@@ -1,0 +1,72 @@
+"""What a person reads: the plan, lines, tables, warnings."""
+
+from rich.console import Console
+
+from rollout.types import Trajectory
+from sqlrl_jax.config import Config
+from sqlrl_jax.display import Display, comparison, duration
+from sqlrl_jax.metrics import eval_metrics, rollout_metrics
+from sqlrl_jax.plan import plan_rows, warnings_for
+
+
+def episode(task: str, sample: int, outcome: str, source: str = "join") -> Trajectory:
+    return Trajectory(task, source, sample, [1], [2], [1], [0.0], [], float(outcome == "correct"), outcome, "solution")
+
+
+def text_of(table) -> str:
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def test_comparison_shows_each_measurement():
+    before = eval_metrics([episode("a", 0, "wrong"), episode("b", 0, "sql_error", "tie")])
+    after = eval_metrics([episode("a", 0, "correct"), episode("b", 0, "sql_error", "tie")])
+    lines = [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in text_of(comparison("t", [("x", before), ("y", after)])).splitlines()
+    ]
+    assert ["accuracy, all", "0.0%", "50.0%"] in lines
+    assert ["accuracy, join", "0.0%", "100.0%"] in lines
+    assert ["sql error", "50.0%", "50.0%"] in lines
+    assert not any(line and line[0].startswith("pass@") for line in lines)
+
+
+def test_comparison_shows_pass_at_n_when_there_are_samples():
+    metrics = eval_metrics([episode("a", 0, "wrong"), episode("a", 1, "correct")])
+    assert "pass@2" in text_of(comparison("t", [("x", metrics)]))
+
+
+def test_duration():
+    assert [duration(s) for s in (5, 75, 3675)] == ["0:05", "1:15", "1:01:15"]
+
+
+def test_everything_printed_is_logged_without_colour():
+    log: list[str] = []
+    Display(log.append).warn("look here")
+    assert log == ["warning: look here\n"]
+
+
+def test_warnings_name_what_to_look_at():
+    batch = rollout_metrics([episode("a", 0, "malformed"), episode("a", 1, "malformed")])
+    assert warnings_for({**batch, "policy/skipped_steps": 0.0}) == [
+        "100% of the episodes gave no usable answer; read some in trajectories/ "
+        "(is the format in the prompt, is max_generate_length too short?)",
+        "every group got one and the same reward, so there was nothing to learn from",
+    ]
+    fine = rollout_metrics([episode("a", 0, "wrong"), episode("a", 1, "correct")])
+    assert warnings_for({**fine, "policy/skipped_steps": 0.0, "policy/logprob_diff_max": 1e-5}) == []
+    assert len(warnings_for({**fine, "policy/skipped_steps": 1.0, "policy/logprob_diff_max": 0.5})) == 2
+
+
+def test_plan_names_model_mesh_and_memory():
+    mesh = {"data": 1, "fsdp": 4, "sequence": 1, "tensor": 2}
+    rows = dict(
+        plan_rows(
+            Config(), parameters=8 << 20, devices="8 cpu", mesh=mesh, questions=(10, 5), steps=(3, 9), run_dir="r"
+        )
+    )
+    assert rows["devices"] == "8 cpu; mesh: fsdp 4 x tensor 2"
+    assert rows["memory"].startswith("16 MiB a device")
+    assert rows["steps"] == "9, 3 done"

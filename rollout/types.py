@@ -61,7 +61,9 @@ class Turn:
 
     action: str
     sql: str = ""
-    status: str = ""  # ok | denied | error | timeout | invalid (nothing usable) | unused (SQL in the last turn) | solution
+    status: str = (
+        ""  # ok | denied | error | timeout | invalid (nothing usable) | unused (SQL in the last turn) | solution
+    )
     observation: str = ""
     tokens: int = 0
     seconds: float = 0.0

@@ -57,13 +57,15 @@ class Generation:
 
 @dataclass
 class Turn:
-    """One action of the model and what came back, for people and metrics."""
+    """One action of the model and what came back, for people and metrics.
+
+    `status` is ok, denied, error or timeout for a query that ran, solution for an answer, unused for a query in the last
+    turn (it is not run), invalid when nothing usable was found.
+    """
 
     action: str
     sql: str = ""
-    status: str = (
-        ""  # ok | denied | error | timeout | invalid (nothing usable) | unused (SQL in the last turn) | solution
-    )
+    status: str = ""
     observation: str = ""
     tokens: int = 0
     seconds: float = 0.0

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from rollout.types import Trajectory
 from sqlrl_jax import compile_cache
+from sqlrl_jax.allocator import keep_freed_memory
 from sqlrl_jax.config import AlgorithmConfig, Config
 from sqlrl_jax.data.packing import PackedBatch, Sample, pack, samples_of
 from sqlrl_jax.mesh import make_mesh
@@ -173,6 +174,7 @@ def _ratio(part: float, whole: float) -> float:
 
 def build_learner(config: Config, optimizer_steps: int = 0) -> Learner:
     """A learner on all devices, with the weights of trainer.policy.model.path."""
+    keep_freed_memory()
     compile_cache.enable(config.trainer.compile_cache)
     mesh = make_mesh(config.trainer.mesh)
     path = config.trainer.policy.model.path

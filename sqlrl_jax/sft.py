@@ -28,6 +28,7 @@ from rollout.environment import make_environment_factory
 from rollout.episode import EpisodeSettings, run_batch
 from rollout.errors import UserError
 from rollout.types import SamplingParams, Task, Trajectory
+from sqlrl_jax.allocator import keep_freed_memory
 from sqlrl_jax.config import Config
 from sqlrl_jax.data.demo import Parameters, corpus, generate
 from sqlrl_jax.data.demo_tokenizer import train_tokenizer
@@ -55,6 +56,7 @@ def objective(out: TokenLogprobs, batch: dict[str, Any]) -> tuple[Float[Array, "
 
 def main(config: Config) -> int:
     """Generates demonstrations if needed, plays them, trains, writes sft.output. Returns the exit status."""
+    keep_freed_memory()
     display, sft = Display(), config.sft
     if Path(sft.output).exists():
         raise UserError(f"sft.output {sft.output} exists already: remove it or name another folder")

@@ -1,0 +1,208 @@
+"""How fast one GRPO update runs, against the same update in eager PyTorch, as a markdown table.
+
+    python benchmarks/update.py [--work tiny|small] [--rounds 5]        (needs the extra `parity` for PyTorch)
+
+tiny: a 0.92M Qwen2-type model, 256 episodes of 40 to 184 tokens, mean 84. small: 78M, vocabulary 16,384, 16 episodes of
+116 to 630 tokens, mean 353. float32, AdamW, PPO clip. Useful tokens are those of the episodes, padding not counted. The
+contenders take turns, each in a process of its own; the table shows each one's median and best round and its CPU time,
+because machines are seldom quiet. Compiling is left out (a warm-up update); the losses of the warm-up must agree, or the
+run ends with an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+from rollout.types import Trajectory  # noqa: E402
+from sqlrl_jax.allocator import keep_freed_memory  # noqa: E402
+from sqlrl_jax.config_file import load  # noqa: E402
+from sqlrl_jax.data.packing import samples_of  # noqa: E402
+from sqlrl_jax.learner import Learner  # noqa: E402
+from sqlrl_jax.mesh import make_mesh  # noqa: E402
+from sqlrl_jax.model.config import ModelConfig  # noqa: E402
+from sqlrl_jax.model.decoder import init_params  # noqa: E402
+from sqlrl_jax.model.hf import to_hf_tensors  # noqa: E402
+from sqlrl_jax.model.params import parameter_count  # noqa: E402
+
+OURS = "sqlrl_jax, packed rows"
+PADDED = "eager PyTorch, padded (TRL's layout)"
+SORTED = "eager PyTorch, sorted by length"
+
+
+class Work(NamedTuple):
+    model: ModelConfig
+    episodes: int
+    shortest: int
+    longest: int
+    mean: int
+    row_tokens: int
+    rows: int
+    chunk: int
+    torch_size: int  # sequences in a micro-batch of PyTorch
+
+
+WORK = {
+    "tiny": Work(
+        ModelConfig("qwen2", 1024, 128, 384, 4, 4, 2, 32, tie_word_embeddings=True, attention_bias=True),
+        *(256, 40, 184, 84, 192, 6, 256, 32),
+    ),
+    "small": Work(
+        ModelConfig("qwen2", 16384, 768, 2176, 10, 12, 4, 64, tie_word_embeddings=True, attention_bias=True),
+        *(16, 116, 630, 353, 640, 2, 256, 4),
+    ),
+}
+
+
+def make_episodes(work: Work, seed: int = 0) -> list[Trajectory]:
+    """Episodes of the wanted lengths: a prompt of a third, then turns of sampled tokens with observations in between."""
+    rng = np.random.default_rng(seed)
+    spread = rng.beta(1.2, 1.2 * (work.longest - work.mean) / (work.mean - work.shortest), work.episodes)
+    lengths = (work.shortest + spread * (work.longest - work.shortest)).round().astype(int)
+    lengths[:2] = work.shortest, work.longest
+    out = []
+    for i, length in enumerate(lengths):
+        ids = rng.integers(0, work.model.vocab_size, length).tolist()
+        prompt = int(length) // 3
+        mask = [int(position % 32 < 20) for position in range(length - prompt)]
+        logprobs = [-np.log(work.model.vocab_size) * m for m in mask]
+        out.append(
+            Trajectory(
+                str(i // 8),
+                "benchmark",
+                i % 8,
+                ids[:prompt],
+                ids[prompt:],
+                mask,
+                logprobs,
+                [],
+                0.0,
+                "wrong",
+                "solution",
+            )
+        )
+    return out
+
+
+def make_advantages(work: Work) -> np.ndarray:
+    return np.random.default_rng(1).normal(size=work.episodes).astype(np.float32)
+
+
+def learner_update(work: Work, overrides: list[str]) -> Callable[[], tuple[float, float]]:
+    """Our update; called, it returns loss and gradient norm."""
+    keep_freed_memory()
+    config = load(
+        None,
+        [
+            "generator.max_input_length=16",
+            "generator.sampling_params.max_generate_length=1",
+            "trainer.policy.optimizer_config.lr=0.0003",
+            "trainer.policy.optimizer_config.max_grad_norm=1.0",
+            f"trainer.policy.row_tokens={work.row_tokens}",
+            f"trainer.policy.rows_per_micro_batch={work.rows}",
+            f"trainer.policy.logprob_chunk={work.chunk}",
+            "trainer.policy.scan_layers=false",
+            "trainer.policy.remat=none",
+            *overrides,
+        ],
+    )
+    learner = Learner(config, make_mesh(config.trainer.mesh), work.model, init_params(work.model, 0))
+    episodes = make_episodes(work)
+
+    def update() -> tuple[float, float]:
+        metrics = learner.update(episodes, make_advantages(work))
+        return metrics["policy/loss"], metrics["policy/grad_norm"]
+
+    return update
+
+
+def torch_update(work: Work, by_length: bool) -> Callable[[], tuple[float, float]]:
+    """PyTorch's update of the same weights and episodes."""
+    from torch_peer import TorchUpdate
+
+    tensors = jax.device_get(to_hf_tensors(init_params(work.model, 0), work.model, "float32"))
+    samples = samples_of(make_episodes(work), make_advantages(work), "token_mean")
+    peer = TorchUpdate(tensors, work.model, size=work.torch_size, by_length=by_length)
+    return lambda: peer.update(samples)
+
+
+def serve(name: str, work: Work, overrides: list[str]) -> None:
+    """A contender's process: one update for each line on standard input, one JSON line of measurements for each."""
+    update = learner_update(work, overrides) if name == OURS else torch_update(work, name == SORTED)
+    for _ in sys.stdin:
+        started, cpu = time.perf_counter(), time.process_time()
+        loss, norm = update()
+        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": peak, "loss": loss, "norm": norm}), flush=True)
+
+
+class Contender:
+    """A contender in a process of its own, so that no framework's threads or allocator settings touch another's."""
+
+    def __init__(self, name: str, arguments: list[str]) -> None:
+        command = [sys.executable, __file__, "--serve", name, *arguments]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def update(self) -> dict[str, float]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline() or sys.exit("a contender's process died"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--work", choices=WORK, default="tiny")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--serve", choices=(OURS, PADDED, SORTED), help=argparse.SUPPRESS)
+    parser.add_argument("settings", nargs="*", help="key=value settings of the learner to try")
+    args = parser.parse_args()
+    work = WORK[args.work]
+    if args.serve:
+        serve(args.serve, work, args.settings)
+        return 0
+    tokens = sum(len(e.prompt_ids) + len(e.response_ids) for e in make_episodes(work))
+    print(f"{args.work}: {parameter_count(work.model):,} parameters, {work.episodes} episodes, {tokens:,} tokens\n")
+    contenders = {name: Contender(name, ["--work", args.work, *args.settings]) for name in (OURS, PADDED, SORTED)}
+    first = {name: contender.update() for name, contender in contenders.items()}
+    for name, got in first.items():
+        if not np.allclose([got["loss"], got["norm"]], [first[OURS]["loss"], first[OURS]["norm"]], 1e-3, 1e-4):
+            print(f"{name}: loss and gradient norm differ: {got}, ours {first[OURS]}", file=sys.stderr)
+            return 1
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
+    for _ in range(args.rounds):
+        for name, contender in contenders.items():
+            time.sleep(0.3)  # the threads of the one before stop spinning
+            rounds[name].append(contender.update())
+    for contender in contenders.values():
+        contender.process.communicate()
+    base = tokens / statistics.median(r["seconds"] for r in rounds[PADDED])
+    print(
+        "| update | useful tokens/s, median | best | x padded | CPU seconds | peak RSS, GB |\n|---|---|---|---|---|---|"
+    )
+    for name, results in rounds.items():
+        rates = [tokens / r["seconds"] for r in results]
+        middle, cpu = statistics.median(rates), statistics.median(r["cpu"] for r in results)
+        peak = max(r["peak"] for r in results)
+        print(f"| {name} | {middle:,.0f} | {max(rates):,.0f} | {middle / base:.2f} | {cpu:.1f} | {peak:.1f} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

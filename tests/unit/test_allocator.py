@@ -1,0 +1,41 @@
+"""A process that keeps freed memory does not fault its pages in again."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COUNT = """
+import resource, sys, threading
+from sqlrl_jax.allocator import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+def use():
+    for _ in range(20):
+        bytes(bytearray(1 << 26))
+thread = threading.Thread(target=use)  # as XLA, which runs in threads of its own
+thread.start(); thread.join()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+def faults(how: str, platforms: str = "cpu") -> int:
+    environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": platforms}
+    command = [sys.executable, "-c", COUNT, how]
+    return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_used_again() -> None:
+    assert faults("keep") * 4 < faults("leave")
+
+
+def test_nothing_changes_for_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sqlrl_jax.allocator import keep_freed_memory
+
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    assert not keep_freed_memory()

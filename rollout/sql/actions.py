@@ -41,14 +41,14 @@ def parse(text: str) -> Action:
 
 
 def without_thoughts(text: str) -> str:
-    """The text without every closed `<think>…</think>`."""
+    """The text with a space in place of every closed `<think>…</think>`, so that no two words grow together."""
     parts: list[str] = []
     position = 0
     while True:
         start = text.find("<think>", position)
         end = text.find("</think>", start) if start >= 0 else -1
         if end < 0:
-            return "".join([*parts, text[position:]])
+            return " ".join([*parts, text[position:]])
         parts.append(text[position:start])
         position = end + len("</think>")
 

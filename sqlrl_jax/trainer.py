@@ -167,7 +167,9 @@ class Trainer:
         history = self.run.history("eval")
         before = next(m for m in history if m["max_turns"] == turns)
         after = next(m for m in reversed(history) if m["max_turns"] == turns)
-        columns = [(f"before (step {before['step']})", before), (f"after (step {after['step']})", after)]
+        columns = [(f"after (step {after['step']})", after)]
+        if before["step"] < after["step"]:  # with trainer.eval_before_train
+            columns.insert(0, (f"before (step {before['step']})", before))
         if turns > 1:
             columns.append(("after, one turn only", next(m for m in reversed(history) if m["max_turns"] == 1)))
         self.display.print(comparison(f"greedy, up to {turns} turns", columns))

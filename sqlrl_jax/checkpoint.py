@@ -15,7 +15,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,20 +72,22 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path, max_to_keep: int) -> None:
         self.directory = Path(directory).absolute()
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every phase of every save
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells every phase of every save; faults are raised
         self._manager = _manager(self.directory, max_to_keep)
 
     def save(self, step: int, trained: Trained) -> None:
         """Saves the state after `step`. Does nothing when that step is saved already."""
         if step in self._manager.all_steps():
             return
-        self._keep_model(trained)
+        with self._writing():
+            self._keep_model(trained)
         items = _items(trained.state)
         record = {"step": step, "checksums": checksums(items)}
         if jax.default_backend() == "cpu":  # the host's view of an array is the array, and the next step overwrites it
             items = jax.tree.map(jnp.copy, items)
         saves = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-        self._manager.save(step, args=ocp.args.Composite(record=ocp.args.JsonSave(record), **saves))
+        with self._writing():
+            self._manager.save(step, args=ocp.args.Composite(record=ocp.args.JsonSave(record), **saves))
 
     def latest(self) -> int | None:
         """The newest step that was saved whole."""
@@ -118,11 +121,25 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when everything saved is on disk. Raises what went wrong while writing."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits and lets go of the folder."""
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Says in one sentence what the writer, or an earlier save in the background, has tripped over."""
+        try:
+            yield
+        except Exception as error:
+            told = " ".join(str(error).split())[:300]
+            raise CheckpointError(
+                f"{self.directory}: a checkpoint could not be written ({type(error).__name__}: {told}). Make room or mend "
+                f"the folder, then go on with trainer.resume_mode=latest"
+            ) from error
 
     def _keep_model(self, trained: Trained) -> None:
         folder = self.directory / _MODEL

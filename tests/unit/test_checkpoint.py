@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import jax
@@ -150,3 +151,19 @@ def test_a_checksum_changes_with_any_bit_and_any_swap() -> None:
         assert checksums({"a": jnp.asarray(changed.view(np.float32))}) != value
     assert checksums({"a": base[::-1]}) != value
     assert checksums({"a": base.astype(jnp.bfloat16)}) != value
+
+
+def test_a_save_that_cannot_be_written_is_told_in_one_sentence(tmp_path: Path) -> None:
+    trained = subject(tmp_path)
+    checkpoints = Checkpoints(tmp_path / "full", 2)
+    checkpoints.save(1, trained)
+    checkpoints.wait()
+    shutil.rmtree(tmp_path / "full")
+    (tmp_path / "full").write_text("a file where the folder was")
+
+    def save() -> None:
+        checkpoints.save(2, trained)
+        checkpoints.wait()
+
+    with pytest.raises(CheckpointError, match=r"full: a checkpoint could not be written .*resume_mode=latest"):
+        save()

@@ -127,20 +127,24 @@ class Span(_message.Message):
     def __init__(self, version: _Optional[int] = ..., start: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...
 
 class Turn(_message.Message):
-    __slots__ = ("action", "sql", "status", "observation", "tokens", "seconds")
+    __slots__ = ("action", "sql", "status", "observation", "tokens", "seconds", "reward", "answer")
     ACTION_FIELD_NUMBER: _ClassVar[int]
     SQL_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     OBSERVATION_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    REWARD_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
     action: str
     sql: str
     status: str
     observation: str
     tokens: int
     seconds: float
-    def __init__(self, action: _Optional[str] = ..., sql: _Optional[str] = ..., status: _Optional[str] = ..., observation: _Optional[str] = ..., tokens: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+    reward: float
+    answer: str
+    def __init__(self, action: _Optional[str] = ..., sql: _Optional[str] = ..., status: _Optional[str] = ..., observation: _Optional[str] = ..., tokens: _Optional[int] = ..., seconds: _Optional[float] = ..., reward: _Optional[float] = ..., answer: _Optional[str] = ...) -> None: ...
 
 class Trajectory(_message.Message):
     __slots__ = ("task_id", "source", "sample", "prompt_ids", "response_ids", "loss_mask", "logprobs", "spans", "reward", "outcome", "stop_reason", "turns", "metrics", "error")

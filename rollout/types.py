@@ -60,7 +60,8 @@ class Turn:
     """One action of the model and what came back, for people and metrics.
 
     `status` is ok, denied, error or timeout for a query that ran, solution for an answer, unused for a query in the last
-    turn (it is not run), invalid when nothing usable was found.
+    turn (it is not run), invalid when nothing usable was found. `reward` is this turn's part of the episode's; `answer` is
+    equal for solutions with equal results (voting), empty where there is none.
     """
 
     action: str
@@ -69,6 +70,8 @@ class Turn:
     observation: str = ""
     tokens: int = 0
     seconds: float = 0.0
+    reward: float = 0.0
+    answer: str = ""
 
 
 @dataclass

@@ -77,6 +77,8 @@ def trajectory_to_proto(t: Trajectory) -> pb.Trajectory:
             observation=turn.observation,
             tokens=turn.tokens,
             seconds=turn.seconds,
+            reward=turn.reward,
+            answer=turn.answer,
         )
     return message
 
@@ -101,10 +103,14 @@ def trajectory_from_proto(message: pb.Trajectory) -> Trajectory:
         reward=message.reward,
         outcome=message.outcome,
         stop_reason=message.stop_reason,
-        turns=[Turn(t.action, t.sql, t.status, t.observation, t.tokens, t.seconds) for t in message.turns],
+        turns=[_turn(t) for t in message.turns],
         metrics=dict(message.metrics),
         error=message.error,
     )
+
+
+def _turn(t: pb.Turn) -> Turn:
+    return Turn(t.action, t.sql, t.status, t.observation, t.tokens, t.seconds, t.reward, t.answer)
 
 
 def spec_from_proto(message: pb.TensorSpec) -> TensorSpec:

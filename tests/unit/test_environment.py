@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from rollout.environment import INVALID_ACTION, Cache, Environment, EnvironmentFactory, make_environment_factory
+from rollout.environment import Environment, EnvironmentFactory, make_environment_factory
 from rollout.errors import InfrastructureError, UserError
 from rollout.sql import schema
+from rollout.text2sql import INVALID_ACTION, Cache
 from rollout.types import OUTCOMES, Task
 from sqlrl_jax.config import Config
 

@@ -6,7 +6,8 @@ tiny: a 0.92M Qwen2-type model, 256 episodes of 40 to 184 tokens, mean 84. small
 116 to 630 tokens, mean 353. float32, AdamW, PPO clip. Useful tokens are those of the episodes, padding not counted. The
 contenders take turns, each in a process of its own; the table shows each one's median and best round and its CPU time,
 because machines are seldom quiet. Compiling is left out (a warm-up update); the losses of the warm-up must agree, or the
-run ends with an error.
+run ends with an error. Our rows were tuned once, by hand; PyTorch's micro-batches are tuned here, for each layout, by
+trying several sizes first and keeping the fastest.
 """
 
 from __future__ import annotations
@@ -53,17 +54,17 @@ class Work(NamedTuple):
     row_tokens: int
     rows: int
     chunk: int
-    torch_size: int  # sequences in a micro-batch of PyTorch
+    torch_sizes: tuple[int, ...]  # sequences in a micro-batch of PyTorch; the fastest is used
 
 
 WORK = {
     "tiny": Work(
         ModelConfig("qwen2", 1024, 128, 384, 4, 4, 2, 32, tie_word_embeddings=True, attention_bias=True),
-        *(256, 40, 184, 84, 192, 6, 256, 32),
+        *(256, 40, 184, 84, 192, 6, 256, (4, 8, 16, 32, 64, 128, 256)),
     ),
     "small": Work(
         ModelConfig("qwen2", 16384, 768, 2176, 10, 12, 4, 64, tie_word_embeddings=True, attention_bias=True),
-        *(16, 116, 630, 353, 640, 2, 256, 4),
+        *(16, 116, 630, 353, 640, 2, 256, (1, 2, 4, 8)),
     ),
 }
 
@@ -130,19 +131,19 @@ def learner_update(work: Work, overrides: list[str]) -> Callable[[], tuple[float
     return update
 
 
-def torch_update(work: Work, by_length: bool) -> Callable[[], tuple[float, float]]:
-    """PyTorch's update of the same weights and episodes."""
+def torch_update(work: Work, by_length: bool, size: int) -> Callable[[], tuple[float, float]]:
+    """PyTorch's update of the same weights and episodes, `size` sequences at a time."""
     from torch_peer import TorchUpdate
 
     tensors = jax.device_get(to_hf_tensors(init_params(work.model, 0), work.model, "float32"))
     samples = samples_of(make_episodes(work), make_advantages(work), "token_mean")
-    peer = TorchUpdate(tensors, work.model, size=work.torch_size, by_length=by_length)
+    peer = TorchUpdate(tensors, work.model, size=size, by_length=by_length)
     return lambda: peer.update(samples)
 
 
-def serve(name: str, work: Work, overrides: list[str]) -> None:
+def serve(name: str, work: Work, size: int, overrides: list[str]) -> None:
     """A contender's process: one update for each line on standard input, one JSON line of measurements for each."""
-    update = learner_update(work, overrides) if name == OURS else torch_update(work, name == SORTED)
+    update = learner_update(work, overrides) if name == OURS else torch_update(work, name == SORTED, size)
     for _ in sys.stdin:
         started, cpu = time.perf_counter(), time.process_time()
         loss, norm = update()
@@ -166,20 +167,38 @@ class Contender:
         return json.loads(self.process.stdout.readline() or sys.exit("a contender's process died"))
 
 
+def fastest_size(name: str, work: str) -> int:
+    """The micro-batch size with which a layout of PyTorch is fastest: best of three updates of each."""
+    seconds: dict[int, float] = {}
+    for size in WORK[work].torch_sizes:
+        contender = Contender(name, ["--work", work, "--size", str(size)])
+        contender.update()
+        seconds[size] = min(contender.update()["seconds"] for _ in range(3))
+        contender.process.communicate()
+    tried = ", ".join(f"{size}: {value:.2f} s" for size, value in seconds.items())
+    print(f"{name}: {tried}", flush=True)
+    return min(seconds, key=lambda size: seconds[size])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--work", choices=WORK, default="tiny")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--serve", choices=(OURS, PADDED, SORTED), help=argparse.SUPPRESS)
+    parser.add_argument("--size", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("settings", nargs="*", help="key=value settings of the learner to try")
     args = parser.parse_args()
     work = WORK[args.work]
     if args.serve:
-        serve(args.serve, work, args.settings)
+        serve(args.serve, work, args.size, args.settings)
         return 0
     tokens = sum(len(e.prompt_ids) + len(e.response_ids) for e in make_episodes(work))
     print(f"{args.work}: {parameter_count(work.model):,} parameters, {work.episodes} episodes, {tokens:,} tokens\n")
-    contenders = {name: Contender(name, ["--work", args.work, *args.settings]) for name in (OURS, PADDED, SORTED)}
+    sizes = {name: fastest_size(name, args.work) for name in (PADDED, SORTED)}
+    contenders = {
+        name: Contender(name, ["--work", args.work, "--size", str(sizes.get(name, 0)), *args.settings])
+        for name in (OURS, PADDED, SORTED)
+    }
     first = {name: contender.update() for name, contender in contenders.items()}
     for name, got in first.items():
         if not np.allclose([got["loss"], got["norm"]], [first[OURS]["loss"], first[OURS]["norm"]], 1e-3, 1e-4):

@@ -19,7 +19,7 @@ from rollout.types import SamplingParams, Task, Trajectory, Turn
 ROOT = Path(__file__).resolve().parents[2]
 texts, counts = st.text(max_size=20), st.integers(0, 2**31)
 f32, f64 = st.floats(width=32, allow_nan=False), st.floats(allow_nan=False)
-turns = st.builds(Turn, texts, texts, texts, texts, counts, f64)
+turns = st.builds(Turn, texts, texts, texts, texts, counts, f64, f64, texts)
 
 
 @st.composite

@@ -8,8 +8,10 @@ quarter of an update's CPU time. On accelerators, and with another C library, no
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import platform
+from importlib.metadata import entry_points
 
 # malloc.h of glibc
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -21,11 +23,18 @@ _KEEP_BYTES = 2**28
 def keep_freed_memory() -> bool:
     """Makes malloc reuse large blocks instead of mapping them anew. Call it before jax starts its threads.
 
-    Returns whether anything was changed: only with glibc, and only where JAX_PLATFORMS does not name an accelerator.
+    Returns whether anything was changed: only with glibc, and only where jax will choose the CPU.
     """
-    platforms = os.environ.get("JAX_PLATFORMS", "")
-    if platform.libc_ver()[0] != "glibc" or platforms not in ("", "cpu"):
+    if platform.libc_ver()[0] != "glibc" or not _cpu_is_chosen():
         return False
     mallopt = ctypes.CDLL(None).mallopt
     settings = ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, _KEEP_BYTES), (_M_TRIM_THRESHOLD, 2 * _KEEP_BYTES))
     return all([mallopt(name, value) for name, value in settings])
+
+
+def _cpu_is_chosen() -> bool:
+    """Whether jax will run on the CPU: told so, or no package for an accelerator is there. Asking jax would start it."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms:
+        return platforms == "cpu"
+    return importlib.util.find_spec("libtpu") is None and not entry_points(group="jax_plugins")

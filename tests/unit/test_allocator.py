@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from sqlrl_jax import allocator
+
 COUNT = """
 import resource, sys, threading
 from sqlrl_jax.allocator import keep_freed_memory
@@ -34,8 +36,11 @@ def test_freed_memory_is_used_again() -> None:
     assert faults("keep") * 4 < faults("leave")
 
 
-def test_nothing_changes_for_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sqlrl_jax.allocator import keep_freed_memory
-
-    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
-    assert not keep_freed_memory()
+@pytest.mark.parametrize(("platforms", "plugins", "cpu"), [("tpu", [], False), ("", ["cuda"], False), ("", [], True)])
+def test_only_where_jax_chooses_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, platforms: str, plugins: list[str], cpu: bool
+) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    monkeypatch.setattr("sqlrl_jax.allocator.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("sqlrl_jax.allocator.entry_points", lambda group: plugins if group == "jax_plugins" else [])
+    assert allocator._cpu_is_chosen() == cpu

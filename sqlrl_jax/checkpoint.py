@@ -82,6 +82,7 @@ class Checkpoints:
         with self._writing():
             self._keep_model(trained)
         items = _items(trained.state)
+        self._require_room(sum(array.nbytes for array in jax.tree.leaves(items)))
         record = {"step": step, "checksums": checksums(items)}
         if jax.default_backend() == "cpu":  # the host's view of an array is the array, and the next step overwrites it
             items = jax.tree.map(jnp.copy, items)
@@ -140,6 +141,16 @@ class Checkpoints:
                 f"{self.directory}: a checkpoint could not be written ({type(error).__name__}: {told}). Make room or mend "
                 f"the folder, then go on with trainer.resume_mode=latest"
             ) from error
+
+    def _require_room(self, needed: int) -> None:
+        """Raises CheckpointError when the disk cannot hold `needed` more bytes, before a writer fails half-way."""
+        with self._writing():
+            free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise CheckpointError(
+                f"{self.directory}: a checkpoint needs {needed / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB left. "
+                f"Make room, then go on with trainer.resume_mode=latest"
+            )
 
     def _keep_model(self, trained: Trained) -> None:
         folder = self.directory / _MODEL

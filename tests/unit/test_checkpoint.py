@@ -167,3 +167,16 @@ def test_a_save_that_cannot_be_written_is_told_in_one_sentence(tmp_path: Path) -
 
     with pytest.raises(CheckpointError, match=r"full: a checkpoint could not be written .*resume_mode=latest"):
         save()
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = subject(tmp_path)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2)
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr("sqlrl_jax.checkpoint.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(CheckpointError, match=r"needs .* MB and the disk has 0 MB left.*resume_mode=latest"):
+        checkpoints.save(1, trained)
+    monkeypatch.undo()
+    checkpoints.save(1, trained)
+    checkpoints.wait()
+    assert checkpoints.latest() == 1

@@ -10,29 +10,21 @@ Left out: a cache of results and batches in one frame; queries are independent h
 
 from __future__ import annotations
 
-import marshal
 import os
 import queue
-import select
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from rollout.errors import InfrastructureError
 from rollout.sql import observation as text
 from rollout.sql.guard import MAX_SQL_BYTES
-
-PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
-BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from rollout.sql.worker import main; main()"
-STALL_SECONDS = 30.0  # without an answer and without using CPU time; one that uses it meets its CPU limit
+from rollout.worker_process import STALL_SECONDS, Died, Stalled, WorkerProcess, boot
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,94 +43,6 @@ class Result:
     observation: str = ""
     error: str = ""
     seconds: float = 0.0
-
-
-class _Died(Exception):
-    """The worker's process ended before it answered."""
-
-
-class _Stalled(Exception):
-    """The worker neither answers nor computes."""
-
-
-class _Worker:
-    """One worker process and its pipes. One thread at a time uses it; `kill` may come from any."""
-
-    def __init__(self, settings: tuple[Any, ...]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", BOOT, PACKAGE_ROOT],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            cwd="/",
-            start_new_session=True,  # Ctrl-C is for the parent
-        )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._stdin, self._stdout = self._process.stdin, self._process.stdout
-        self._poll = select.poll()
-        self._poll.register(self._stdout, select.POLLIN)
-        self._settings: tuple[Any, ...] | None = settings
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def ask(self, request: tuple[Any, ...]) -> tuple[Any, ...]:
-        """One request, one reply. Raises _Died or _Stalled; the worker is then of no more use."""
-        if self._settings is not None:
-            self._exchange(self._settings)
-            self._settings = None
-        return self._exchange(request)
-
-    def kill(self) -> None:
-        self._process.kill()
-
-    def bury(self) -> int:
-        """Kills it if it still lives, frees everything, returns how it ended (negative: the signal)."""
-        self._stdin.close()
-        self._stdout.close()
-        try:
-            return self._process.wait(timeout=0.2)  # it ends by itself when its input closes, or has died already
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return self._process.wait()
-
-    def _exchange(self, request: tuple[Any, ...]) -> tuple[Any, ...]:
-        body = marshal.dumps(request)
-        data = memoryview(len(body).to_bytes(8, "little") + body)
-        try:
-            while data:
-                data = data[os.write(self._stdin.fileno(), data) :]
-        except OSError:
-            raise _Died from None
-        size = int.from_bytes(self._read(8), "little")
-        reply: tuple[Any, ...] = marshal.loads(self._read(size))
-        return reply
-
-    def _read(self, size: int) -> bytearray:
-        data = bytearray()
-        used = -1.0
-        while len(data) < size:
-            if not self._poll.poll(STALL_SECONDS * 1000):
-                before, used = used, _cpu_seconds(self.pid)
-                if used == before:
-                    raise _Stalled
-                continue
-            chunk = os.read(self._stdout.fileno(), min(size - len(data), 1 << 20))
-            if not chunk:
-                raise _Died
-            data += chunk
-        return data
-
-
-def _cpu_seconds(pid: int) -> float:
-    """CPU time of a process so far; -1 where the system doesn't tell."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return -1.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class Executor:
@@ -167,8 +71,8 @@ class Executor:
         self._paths: dict[str, tuple[str, str]] = {}
         self._closed = False
         self._lock = threading.Lock()
-        self._workers: set[_Worker] = set()
-        self._free: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
+        self._workers: set[WorkerProcess] = set()
+        self._free: queue.LifoQueue[WorkerProcess | None] = queue.LifoQueue()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="sql")
         for _ in range(workers):
             self._free.put(self._start())
@@ -186,12 +90,12 @@ class Executor:
                 try:
                     reply = worker.ask((path, uri, sql, whole))
                     break
-                except _Stalled:
+                except Stalled:
                     self._discard(worker)
                     raise InfrastructureError(
                         f"database {db_id}: a SQL worker stands still; is the disk of the database in order?"
                     ) from None
-                except _Died:
+                except Died:
                     if self._discard(worker) == -signal.SIGXCPU:
                         return Result("timeout", (), (), False, text.TIMEOUT, text.TIMEOUT, self._settings[0])
                     if last:  # twice in a row: it is the query's doing
@@ -231,27 +135,27 @@ class Executor:
         with self._lock:
             return sorted(worker.pid for worker in self._workers)
 
-    def _start(self) -> _Worker:
+    def _start(self) -> WorkerProcess:
         with self._lock:
             if self._closed:
                 raise InfrastructureError("the SQL executor is closed")
             try:
-                worker = _Worker(self._settings)
+                worker = WorkerProcess(boot("rollout.sql.worker", False), self._settings, STALL_SECONDS)
             except OSError as error:
                 raise InfrastructureError(f"a SQL worker process can't be started: {error}") from None
             self._workers.add(worker)
             return worker
 
-    def _discard(self, worker: _Worker) -> int:
+    def _discard(self, worker: WorkerProcess) -> int:
         code = worker.bury()
         with self._lock:
             self._workers.discard(worker)
         return code
 
     @contextmanager
-    def _worker(self) -> Iterator[_Worker]:
+    def _worker(self) -> Iterator[WorkerProcess]:
         """A free worker, for one exchange. The queue holds None in the place of one that was discarded."""
-        slot: _Worker | None = self._free.get()
+        slot: WorkerProcess | None = self._free.get()
         try:
             if slot is None:
                 slot = self._start()

@@ -1,25 +1,23 @@
 """A worker process: reads queries from its standard input, runs them under the guard, writes back what came out.
 
 Started by rollout.sql.executor with nothing but the standard library, so that a killed one is replaced in some tens of
-milliseconds. Frames are an 8-byte length and a marshalled tuple. Request: (path, URI, SQL, whole result wanted). Reply:
+milliseconds. Request: (path, URI, SQL, whole result wanted). Reply:
 (status, columns, rows, truncated, observation, error, CPU seconds); the status "broken" says that the database or this
 program is at fault and not the query.
 """
 
 from __future__ import annotations
 
-import io
-import marshal
 import os
-import signal
 import sqlite3
-import sys
 import time
 import traceback
 from collections import OrderedDict
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from rollout.sql import guard, observation
+from rollout.worker_process import serve
 
 OPEN_DATABASES = 32
 COUNTED_ROWS = 10_000  # rows of a long result are counted up to here
@@ -211,45 +209,21 @@ def _damage(uri: str) -> str:
         connection.close()
 
 
-def read_frame(stream: BinaryIO) -> tuple[Any, ...] | None:
-    """The next frame; None at the end of the stream."""
-    head = stream.read(8)
-    if len(head) < 8:
-        return None
-    body = stream.read(int.from_bytes(head, "little"))
-    result: tuple[Any, ...] = marshal.loads(body)
-    return result
-
-
-def frame(content: tuple[Any, ...]) -> bytes:
-    """A tuple of plain values as it goes over the pipe."""
-    body = marshal.dumps(content)
-    return len(body).to_bytes(8, "little") + body
-
-
 def main() -> None:
-    """Serves until standard input closes. The first frame holds the Worker's arguments and is answered with ("ready",)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    """Serves until standard input closes. The settings are the Worker's arguments."""
+    serve(_start)
+
+
+def _start(*settings: Any) -> Callable[..., Reply]:
     os.environ["TZ"] = "UTC"
     time.tzset()
-    requests = sys.stdin.buffer
-    replies = io.FileIO(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever prints must not get between the frames
     guard.limit_process()
-    settings = read_frame(requests)
-    if settings is None:
-        return
     worker = Worker(*settings)
-    _send(replies, frame(("ready",)))
-    while (request := read_frame(requests)) is not None:
+
+    def answer(*request: Any) -> Reply:
         try:
-            reply: Reply = worker.run(*request)
+            return worker.run(*request)
         except Exception:  # a fault of this program must not be scored as the model's
-            reply = ("broken", (), [], False, "", traceback.format_exc(), 0.0)
-        _send(replies, frame(reply))
+            return ("broken", (), [], False, "", traceback.format_exc(), 0.0)
 
-
-def _send(stream: io.FileIO, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[stream.write(view) :]
+    return answer

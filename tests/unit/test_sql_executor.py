@@ -222,13 +222,13 @@ def test_a_query_that_kills_two_workers_is_an_error(root: Path) -> None:
 
 
 def test_a_worker_that_stands_still_is_an_infrastructure_failure(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rollout.sql.executor.STALL_SECONDS", 0.2)
     with Executor(root, workers=1) as executor:
+        monkeypatch.undo()
         assert executor.run("cars", "SELECT 1").status == "ok"
-        monkeypatch.setattr("rollout.sql.executor.STALL_SECONDS", 0.2)
         os.kill(executor.worker_pids()[0], signal.SIGSTOP)
         with pytest.raises(InfrastructureError, match="stands still"):
             executor.run("cars", "SELECT 1")
-        monkeypatch.undo()
         assert executor.run("cars", "SELECT 1").status == "ok"
 
 

@@ -1,0 +1,75 @@
+"""Progress of long transfers: bars on a terminal, a line every tenth without one.
+
+Functions that take long accept a `Progress`, a plain function of (label, done, total); what is counted is theirs to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.progress import Progress as RichProgress
+
+Progress = Callable[[str, int, int], None]
+
+
+def silent(label: str, done: int, total: int) -> None:
+    """Progress that nobody sees."""
+
+
+@contextmanager
+def bars(console: Console | None = None, unit: Literal["bytes", "items"] = "bytes") -> Iterator[Progress]:
+    """Yields a Progress that draws one bar a label; labels may come and go in any order."""
+    console = console or Console(highlight=False, stderr=True)
+    if not console.is_terminal:
+        yield _lines(console, unit)
+        return
+    counted: tuple[ProgressColumn, ...] = (MofNCompleteColumn(),)
+    if unit == "bytes":
+        counted = (DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), *counted, TimeRemainingColumn())
+    with RichProgress(*columns, console=console, transient=True) as shown:
+        known: dict[str, TaskID] = {}
+
+        def update(label: str, done: int, total: int) -> None:
+            if label not in known:
+                known[label] = shown.add_task(label, total=total)
+            shown.update(known[label], completed=done, total=total)
+
+        yield update
+
+
+def size(count: float) -> str:
+    """`1234567` → `1.2 MB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _lines(console: Console, unit: str) -> Progress:
+    """A line when a label starts and at every tenth of it."""
+    shown: dict[str, int] = {}
+
+    def update(label: str, done: int, total: int) -> None:
+        tenth = 10 * done // total if total else 10
+        if tenth <= shown.get(label, -1):
+            return
+        shown[label] = tenth
+        counts = f"{size(done)} of {size(total)}" if unit == "bytes" else f"{done:,} of {total:,}"
+        console.print(f"{label}: {counts} ({10 * tenth}%)")
+
+    return update

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from rollout.errors import InfrastructureError
+from rollout.errors import InfrastructureError, UserError
 from rollout.sql import observation as text
+from rollout.sql.engines import ENGINES
 from rollout.sql.guard import MAX_SQL_BYTES
 from rollout.worker_process import STALL_SECONDS, Died, Stalled, WorkerProcess, boot
 
@@ -48,6 +49,8 @@ class Result:
 class Executor:
     """Runs queries against `<database_root>/<db_id>/<db_id>.sqlite`, read-only. Threads may share one.
 
+    A db_id may be a path of plain names: `a/b/shop` is `<database_root>/a/b/shop/shop.sqlite`. `engine` is sqlite or
+    duckdb, whose files end in `.duckdb`.
     A query may take `max_vm_steps` steps of SQLite's virtual machine and, as a backup, `timeout` CPU seconds; its
     observation has at most `max_rows` rows and `max_observation_chars` characters.
     """
@@ -60,13 +63,18 @@ class Executor:
         max_vm_steps: int = 50_000_000,
         max_rows: int = 50,
         max_observation_chars: int = 9000,
+        engine: str = "sqlite",
     ) -> None:
         self._root = Path(database_root)
+        if engine not in ENGINES:
+            raise UserError(f"engine {engine!r}: expected one of {', '.join(ENGINES)}")
+        self._engine = ENGINES[engine]
         if not self._root.is_dir():
             raise InfrastructureError(
-                f"database root {self._root}: no such folder; expected <db_id>/<db_id>.sqlite in it"
+                f"database root {self._root}: no such folder; expected <db_id>/<db_id>{self._engine.suffix} in it"
             )
-        self._settings = (timeout, max_vm_steps, max_rows, max_observation_chars)
+        self._timeout = timeout
+        self._settings = (engine, timeout, max_vm_steps, max_rows, max_observation_chars)
         self._max_chars = max_observation_chars
         self._paths: dict[str, tuple[str, str]] = {}
         self._closed = False
@@ -97,7 +105,7 @@ class Executor:
                     ) from None
                 except Died:
                     if self._discard(worker) == -signal.SIGXCPU:
-                        return Result("timeout", (), (), False, text.TIMEOUT, text.TIMEOUT, self._settings[0])
+                        return Result("timeout", (), (), False, text.TIMEOUT, text.TIMEOUT, self._timeout)
                     if last:  # twice in a row: it is the query's doing
                         return self._failed("the query crashed the database engine")
         if reply[0] == "broken":
@@ -107,6 +115,10 @@ class Executor:
     def run_many(self, requests: Iterable[tuple[str, str]], whole: bool = False) -> list[Result]:
         """Runs (db_id, SQL) pairs over all workers; results in the order of the requests."""
         return list(self._pool.map(lambda request: self.run(request[0], request[1], whole), requests))
+
+    def locate(self, db_id: str) -> Path:
+        """The file of a database, links followed. Raises InfrastructureError if it is missing or outside of the root."""
+        return Path(self._locate(db_id)[0])
 
     def close(self) -> None:
         """Stops all workers. Queries still running end with an InfrastructureError in their threads."""
@@ -140,7 +152,9 @@ class Executor:
             if self._closed:
                 raise InfrastructureError("the SQL executor is closed")
             try:
-                worker = WorkerProcess(boot("rollout.sql.worker", False), self._settings, STALL_SECONDS)
+                worker = WorkerProcess(
+                    boot("rollout.sql.worker", self._engine.site_packages), self._settings, STALL_SECONDS
+                )
             except OSError as error:
                 raise InfrastructureError(f"a SQL worker process can't be started: {error}") from None
             self._workers.add(worker)
@@ -166,9 +180,12 @@ class Executor:
     def _locate(self, db_id: str) -> tuple[str, str]:
         known = self._paths.get(db_id)
         if known is None:
-            if not db_id or db_id.startswith(".") or any(c in db_id for c in "/\\\0"):
-                raise InfrastructureError(f"db_id {db_id!r}: expected the plain name of a folder in the database root")
-            path = self._root / db_id / f"{db_id}.sqlite"
+            parts = db_id.split("/")
+            if not all(parts) or any(part.startswith(".") or "\\" in part or "\0" in part for part in parts):
+                raise InfrastructureError(
+                    f"db_id {db_id!r}: expected the plain name of a folder in the database root, or such names with / between"
+                )
+            path = self._root.joinpath(*parts, parts[-1] + self._engine.suffix)
             try:
                 resolved = path.resolve(strict=True)
             except (OSError, UnicodeError) as error:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout.errors import InfrastructureError
+from rollout.errors import InfrastructureError, UserError
 from rollout.sql import Executor
 
 BOMB = "SELECT instr(hex(zeroblob(1900000)), hex(zeroblob(900000)) || '1')"
@@ -97,10 +97,42 @@ def test_any_text_as_sql_gives_a_result(executor: Executor, sql: str) -> None:
     result.observation.encode()
 
 
-@pytest.mark.parametrize("db_id", ["", ".", "..", "../cars", "cars/../cars", "/etc/passwd", "a\\b", ".hidden", "x\0y"])
+@pytest.mark.parametrize(
+    "db_id",
+    [
+        "",
+        ".",
+        "..",
+        "../cars",
+        "cars/../cars",
+        "/etc/passwd",
+        "a\\b",
+        ".hidden",
+        "x\0y",
+        "cars/",
+        "/cars",
+        "a//b",
+        "./cars",
+        "a/.b/c",
+    ],
+)
 def test_a_db_id_is_a_plain_name(executor: Executor, db_id: str) -> None:
     with pytest.raises(InfrastructureError, match="db_id"):
         executor.run(db_id, "SELECT 1")
+
+
+def test_a_db_id_may_be_a_path_of_names(executor: Executor, root: Path) -> None:
+    (root / "spider" / "database").mkdir(parents=True)
+    path = make_database(root / "spider" / "database", "singers", "CREATE TABLE singer (id)")
+    assert executor.run("spider/database/singers", "SELECT count(*) FROM singer").rows == [(0,)]
+    assert executor.locate("spider/database/singers") == path.resolve()
+    with pytest.raises(InfrastructureError, match=r"database/none/none\.sqlite"):
+        executor.locate("spider/database/none")
+
+
+def test_an_unknown_engine_is_named(root: Path) -> None:
+    with pytest.raises(UserError, match="'oracle': expected one of sqlite, duckdb"):
+        Executor(root, engine="oracle")
 
 
 def test_a_missing_database_is_named(executor: Executor, root: Path) -> None:

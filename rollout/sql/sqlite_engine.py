@@ -1,0 +1,198 @@
+"""SQLite in a worker process: read-only connections that are kept open, each query under rollout.sql.guard.
+
+Left out: a cache of prepared statements. It would keep the gold query where `sqlite_stmt` could show it.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections import OrderedDict
+from typing import NamedTuple
+
+from rollout.sql import guard, observation
+from rollout.sql.engines import COUNTED_ROWS, MAX_RESULT_BYTES, MAX_RESULT_ROWS, SHOWN_BYTES, Reply
+
+OPEN_DATABASES = 32
+CELL_BYTES = 16  # what the smallest cell counts for
+CHECK_SECONDS = 60.0  # for looking whether a database file is damaged
+FILE_ERRORS = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN}
+
+
+class BrokenDatabase(Exception):
+    """The database can't be read. The message names its file."""
+
+
+class Fetched(NamedTuple):
+    columns: tuple[str, ...]
+    rows: list[tuple[observation.Cell, ...]]
+    total: int
+    exact: bool  # `total` is all; otherwise there are more
+
+
+class TooLarge(Exception):
+    """The whole result was wanted and is past the bound."""
+
+
+class SQLiteEngine:
+    def __init__(self, timeout: float, max_vm_steps: int, max_rows: int, max_chars: int) -> None:
+        guard.limit_process()
+        self._guard = guard.Guard(max_vm_steps, timeout)
+        self._max_rows, self._max_chars = max_rows, max_chars
+        self._open: OrderedDict[str, tuple[sqlite3.Connection, tuple[int, ...]]] = OrderedDict()
+
+    def run(self, path: str, uri: str, sql: str, whole: bool) -> Reply:
+        """Runs one query; never raises for what a query does."""
+        try:
+            connection = self._connection(path, uri)
+            self._guard.arm()
+            try:
+                fetched = self._fetch(connection, sql, whole)
+            except sqlite3.OperationalError as error:
+                if not str(error).startswith("Could not decode to UTF-8"):
+                    raise
+                connection.text_factory = _decode  # slower, hence only for databases that need it
+                self._guard.arm()
+                fetched = self._fetch(connection, sql, whole)
+        except BrokenDatabase as error:
+            return self._reply("broken", error=str(error))
+        except TooLarge:
+            rows, size = MAX_RESULT_ROWS, MAX_RESULT_BYTES // 1_000_000
+            return self._reply("error", error=f"result too large (more than {rows} rows or {size} MB)")
+        except MemoryError:
+            self._forget(path)
+            return self._reply("error", error="out of memory: the query needs too much of it")
+        except (sqlite3.Error, sqlite3.Warning, UnicodeError, OverflowError, ValueError) as error:
+            return self._failure(error, path, uri)
+        if self._guard.spend():
+            return self._reply("timeout")
+        return self._reply("ok", fetched)
+
+    def _connection(self, path: str, uri: str) -> sqlite3.Connection:
+        try:
+            stat = os.stat(path)
+        except OSError as error:
+            self._forget(path)
+            raise BrokenDatabase(f"database {path}: {error.strerror}") from None
+        stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        known = self._open.get(path)
+        if known is not None and known[1] == stamp:
+            self._open.move_to_end(path)
+            return known[0]
+        self._forget(path)
+        while len(self._open) >= OPEN_DATABASES:
+            self._forget(next(iter(self._open)))
+        connection = _connect(path, uri)
+        self._guard.protect(connection)
+        self._open[path] = (connection, stamp)
+        return connection
+
+    def _forget(self, path: str) -> None:
+        known = self._open.pop(path, None)
+        if known is not None:
+            known[0].close()
+
+    def _fetch(self, connection: sqlite3.Connection, sql: str, whole: bool) -> Fetched:
+        cursor = connection.cursor()
+        try:
+            cursor.execute(sql)
+            if cursor.description is None:
+                raise ValueError("the statement returns no columns; write one SELECT")
+            columns = tuple(column[0] for column in cursor.description)
+            return self._fetch_whole(cursor, columns) if whole else self._fetch_shown(cursor, columns)
+        finally:
+            cursor.close()
+
+    def _fetch_whole(self, cursor: sqlite3.Cursor, columns: tuple[str, ...]) -> Fetched:
+        rows: list[tuple[observation.Cell, ...]] = []
+        size = 0
+        for row in cursor:
+            rows.append(row)
+            size += _size(row)
+            if size > MAX_RESULT_BYTES or len(rows) > MAX_RESULT_ROWS:
+                raise TooLarge
+        return Fetched(columns, rows, len(rows), True)
+
+    def _fetch_shown(self, cursor: sqlite3.Cursor, columns: tuple[str, ...]) -> Fetched:
+        rows: list[tuple[observation.Cell, ...]] = []
+        size = total = 0
+        for row in cursor:
+            total += 1
+            size += _size(row)
+            if len(rows) < self._max_rows and (size <= SHOWN_BYTES or not rows):
+                rows.append(row)
+            elif size > MAX_RESULT_BYTES or total > COUNTED_ROWS:
+                return Fetched(columns, rows, total - 1, False)
+        return Fetched(columns, rows, total, True)
+
+    def _failure(self, error: Exception, path: str, uri: str) -> Reply:
+        if self._guard.exhausted:
+            return self._reply("timeout")
+        if self._guard.denied:
+            return self._reply("denied", error=f"not authorized: {self._guard.denied} (the database is read-only)")
+        message = str(error)
+        code = getattr(error, "sqlite_errorcode", None)
+        if code is not None and code & 0xFF in FILE_ERRORS:
+            self._forget(path)
+            guard.limit_cpu(CHECK_SECONDS)
+            damage = _damage(uri)
+            if damage:
+                return self._reply("broken", error=f"database {path} can't be read: {damage}")
+        if isinstance(error, UnicodeError):
+            message = "the statement is not valid Unicode text"
+        return self._reply("error", error=message.replace(path, "the database"))
+
+    def _reply(self, status: str, fetched: Fetched | None = None, error: str = "") -> Reply:
+        seconds = self._guard.seconds()
+        if fetched is None:
+            timeout = status == "timeout"
+            text = observation.TIMEOUT if timeout else observation.render_error(error, self._max_chars)
+            return (status, (), [], False, text, error or (text if timeout else ""), seconds)
+        columns, rows, total, exact = fetched
+        text = observation.render(columns, rows[: self._max_rows], total, exact, self._max_chars)
+        return (status, columns, rows, len(rows) < total or not exact, text, "", seconds)
+
+
+def _size(row: tuple[observation.Cell, ...]) -> int:
+    size = CELL_BYTES * len(row)
+    for cell in row:
+        if isinstance(cell, str | bytes):
+            size += len(cell)
+    return size
+
+
+def _decode(text: bytes) -> str:
+    return text.decode("utf-8", "replace")
+
+
+def _connect(path: str, uri: str) -> sqlite3.Connection:
+    for suffix in ("-wal", "-journal"):
+        try:
+            pending = os.stat(path + suffix).st_size
+        except OSError:
+            continue
+        if pending:
+            raise BrokenDatabase(
+                f"database {path} has unfinished changes in {suffix}; open and close it once with sqlite3"
+            )
+    try:
+        connection = sqlite3.connect(uri, uri=True, isolation_level=None, cached_statements=0)
+        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.Error as error:
+        raise BrokenDatabase(f"database {path} can't be read: {error}") from None
+    return connection
+
+
+def _damage(uri: str) -> str:
+    """What is wrong with a database, seen from a fresh connection; empty when only the query was at fault."""
+    try:
+        connection = sqlite3.connect(uri, uri=True)
+    except sqlite3.Error as error:
+        return str(error)
+    try:
+        verdict = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
+        return "" if verdict == "ok" else verdict
+    except sqlite3.Error as error:
+        return str(error)
+    finally:
+        connection.close()

@@ -74,7 +74,7 @@ class Executor:
                 f"database root {self._root}: no such folder; expected <db_id>/<db_id>{self._engine.suffix} in it"
             )
         self._timeout = timeout
-        self._settings = (engine, timeout, max_vm_steps, max_rows, max_observation_chars)
+        self._settings = (engine, str(self._root.resolve()), timeout, max_vm_steps, max_rows, max_observation_chars)
         self._max_chars = max_observation_chars
         self._paths: dict[str, tuple[str, str]] = {}
         self._closed = False

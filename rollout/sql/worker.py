@@ -11,19 +11,21 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from rollout.sql import sandbox
 from rollout.sql.engines import Reply, load
 from rollout.worker_process import serve
 
 
 def main() -> None:
-    """Serves until standard input closes. The settings are the engine's name and its arguments."""
+    """Serves until standard input closes. Settings: the engine's name, the database root, the engine's arguments."""
     serve(_start)
 
 
-def _start(engine_name: str, *settings: Any) -> Callable[..., Reply]:
+def _start(engine_name: str, database_root: str, *settings: Any) -> Callable[..., Reply]:
     os.environ["TZ"] = "UTC"
     time.tzset()
     engine = load(engine_name)(*settings)
+    sandbox.close(database_root)  # last: nothing can be imported afterwards
 
     def answer(path: str, uri: str, sql: str, whole: bool) -> Reply:
         try:

@@ -17,6 +17,7 @@ from typing import Generic, TypeVar
 from rollout.environment import Environment, StepResult
 from rollout.errors import InfrastructureError
 from rollout.sql import actions, grader, prompt, schema
+from rollout.sql.budget import TokenBudget
 from rollout.sql.executor import Executor, Result
 from rollout.sql.observation import escape
 from rollout.types import Message, Task, Turn
@@ -60,10 +61,11 @@ class Cache(Generic[T]):
 class SharedSQL:
     """The executor and the caches that all text-to-SQL episodes of a process share."""
 
-    def __init__(self, executor: Executor) -> None:
-        self.executor = executor
+    def __init__(self, executor: Executor, template: prompt.Template, style: schema.Style, budget: TokenBudget) -> None:
+        self.executor, self.template = executor, template
+        self._style, self._budget = style, budget
         self._golds: Cache[Result] = Cache(CACHED_GOLDS)
-        self._schemas: Cache[str] = Cache(CACHED_SCHEMAS)
+        self._schemas: Cache[schema.SchemaText] = Cache(CACHED_SCHEMAS)
 
     def gold(self, task_id: str, db_id: str, sql: str) -> Result:
         """The gold query's whole result. Raises InfrastructureError naming the task if it has none."""
@@ -74,9 +76,12 @@ class SharedSQL:
             )
         return result
 
-    def schema(self, db_id: str, style: schema.Style) -> str:
-        """The database's schema text."""
-        return self._schemas.get((db_id, style), lambda: schema.describe(self.executor, db_id, style))
+    def schema(self, db_id: str, question: str) -> str:
+        """The database's schema text, or what of it the question needs most where it is too long."""
+        read = self._schemas.get(
+            db_id, lambda: schema.open_schema(self.executor, db_id, self._style, self._budget.fits)
+        )
+        return read.text(question)
 
     def close(self) -> None:
         self.executor.close()
@@ -96,16 +101,17 @@ class Text2SQL(Environment):
     @classmethod
     def open_shared(cls, config: Config) -> SharedSQL:
         sql = config.environment.text2sql
-        return SharedSQL(
-            Executor(
-                sql.database_root,
-                timeout=sql.timeout,
-                workers=sql.workers,
-                max_vm_steps=sql.max_vm_steps,
-                max_rows=sql.max_rows,
-                max_observation_chars=sql.max_observation_chars,
-            )
+        template = prompt.choose_template(sql.prompt_template, sql.prompt_style, sql.engine)
+        budget = TokenBudget(sql.max_schema_tokens, config.trainer.policy.model.path)
+        executor = Executor(
+            sql.database_root,
+            timeout=sql.timeout,
+            workers=sql.workers,
+            max_vm_steps=sql.max_vm_steps,
+            max_rows=sql.max_rows,
+            max_observation_chars=sql.max_observation_chars,
         )
+        return SharedSQL(executor, template, sql.prompt_style, budget)
 
     def reset(self, task: Task) -> list[Message]:
         self._task = task
@@ -114,10 +120,9 @@ class Text2SQL(Environment):
         self._metrics: dict[str, float] = {"sql/queries": 0.0, "sql/seconds": 0.0}
         if task.fields.get("prompt"):
             return _messages(task)
-        style = self.config.environment.text2sql.prompt_style
-        text = task.fields.get("schema") or self.shared.schema(self._db_id, style)
-        evidence = task.fields.get("evidence") or ""
-        return prompt.build_messages(text, _text(task, "question"), evidence, style, self._max_turns)
+        question, evidence = _text(task, "question"), task.fields.get("evidence") or ""
+        text = task.fields.get("schema") or self.shared.schema(self._db_id, f"{question}\n{evidence}")
+        return self.shared.template.messages(text, question, evidence, self._max_turns)
 
     def step(self, action: str, turn: int) -> StepResult:
         request = actions.parse(action)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from rollout.errors import UserError
 
@@ -220,9 +220,15 @@ class BridgeConfig(Section):
 
 class Text2SQLConfig(Section):
     database_root: str = "data/demo/databases"
-    """Folder with <db_id>/<db_id>.sqlite."""
+    """Folder with <db_id>/<db_id>.sqlite, or .duckdb."""
+    engine: Literal["sqlite", "duckdb"] = "sqlite"
+    """What runs the queries; duckdb needs the extra of that name, and has no VM steps to count."""
     prompt_style: Literal["full", "short"] = "full"
     """full: instructions for pretrained models; short: schema and question alone, for models that learn the format."""
+    prompt_template: str = ""
+    """A YAML file with `system` and `user`, texts that hold {schema}, {question}, {evidence}, {turns}; empty: ours."""
+    max_schema_tokens: int = Field(5000, ge=50)
+    """Tokens of the schema in a prompt; one that is longer loses samples, descriptions, types, keys, tables, in this order."""
     timeout: float = Field(5.0, gt=0, le=600)
     """Seconds a query may take: the backup to max_vm_steps."""
     max_vm_steps: int = Field(50_000_000, ge=1000)
@@ -239,7 +245,17 @@ class Text2SQLConfig(Section):
 
 class EnvironmentConfig(Section):
     env_class: str = "text2sql"
-    """text2sql, or package.module:Class of an environment of your own."""
+    """text2sql, calculator, or package.module:Class of an environment of your own."""
+    path: str = "."
+    """Folder that holds your own environment's module, besides PYTHONPATH and what is installed."""
+    settings: dict[str, JsonValue] = {}
+    """Settings of your own environment, which finds them in self.settings; any names, any JSON values."""
+    workers: int = Field(2, ge=1, le=256)
+    """Processes that run environments other than text2sql."""
+    timeout: float = Field(10.0, gt=0, le=3600)
+    """CPU seconds one call of an environment other than text2sql may take; past them the episode ends (timeout)."""
+    stall_timeout: float = Field(60.0, gt=0)
+    """Seconds such a call may wait without computing; past them it failed and is tried again, never scored."""
     text2sql: Text2SQLConfig = Text2SQLConfig()
 
 

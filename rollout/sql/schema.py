@@ -1,143 +1,120 @@
-"""A database's schema as text for the prompt, read through the executor like every other query.
+"""A database's schema, read through the executor like every other query, as text for the prompt.
 
-Two styles: `full` writes CREATE TABLE statements with keys and a few sample values, `short` one line a table. A schema too
-long for a prompt loses its samples first, then its types and keys, then tables from the end.
+How the text looks and what goes when it is too long is rollout.sql.schema_text's business.
 """
 
 from __future__ import annotations
 
-import re
-from typing import Literal
+from collections import defaultdict
 
 from rollout.errors import InfrastructureError
+from rollout.sql.descriptions import Description, read_descriptions
 from rollout.sql.executor import Executor, Result
-from rollout.sql.observation import Cell, escape
+from rollout.sql.observation import Cell
+from rollout.sql.schema_text import SQLITE, Column, Fits, ForeignKey, SchemaText, Style, Table
 
-Style = Literal["full", "short"]
-
-MAX_SCHEMA_CHARS = 24_000  # about 6000 tokens
+MAX_SCHEMA_CHARS = 24_000
 SAMPLES = 3
-SAMPLE_CHARS = 40
+SAMPLED_ROWS = 50
 TABLES = """
 SELECT name FROM sqlite_master
 WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\'
 ORDER BY rowid"""
-_PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# Words that SQLite does not take as a name without quotes.
-_RESERVED_TEXT = """
-add all alter and as autoincrement between by case check collate commit constraint create default deferrable delete
-distinct drop else escape except exists foreign from group having in index insert intersect into is isnull join limit not
-notnull null on or order primary references returning select set table then to transaction union unique update using
-values when where
-"""
-_RESERVED = frozenset(_RESERVED_TEXT.split())
+COLUMNS = 'SELECT name, type, "notnull", pk FROM pragma_table_xinfo({}) WHERE hidden <> 1 ORDER BY cid'
+FOREIGN_KEYS = 'SELECT id, "table", "from", "to" FROM pragma_foreign_key_list({}) ORDER BY id, seq'
+GENERATED = " GENERATED ALWAYS"  # SQLite counts it among the type's words
 
 
 def describe(executor: Executor, db_id: str, style: Style, max_chars: int = MAX_SCHEMA_CHARS) -> str:
-    """The schema of a database. Raises InfrastructureError if it can't be read or has no tables."""
-    names = [str(row[0]) for row in _ask(executor, db_id, TABLES).rows]
-    tables = [name for name in names if _works(executor, db_id, name)]
+    """The schema's text in at most `max_chars` characters. Raises as `open_schema`."""
+    return open_schema(executor, db_id, style, lambda text: len(text) <= max_chars).text()
+
+
+def open_schema(executor: Executor, db_id: str, style: Style, fits: Fits) -> SchemaText:
+    """Reads a schema. Raises InfrastructureError if it can't be read or has no tables."""
+    tables = read_tables(executor, db_id)
     if not tables:
         raise InfrastructureError(f"database {db_id}: has no tables that can be read")
-    if style == "full":
-        for samples in (True, False):
-            text = "\n\n".join(_create_table(executor, db_id, table, samples) for table in tables)
-            if len(text) <= max_chars:
-                return text
-    lines = [_line(executor, db_id, table) for table in tables]
-    kept: list[str] = []
-    size = 0
-    for line in lines:
-        size += len(line) + 1
-        if size > max_chars and kept:
-            return "\n".join([*kept, f"-- and {len(lines) - len(kept)} more tables"])
-        kept.append(line[:max_chars])
-    return "\n".join(kept)
+    return SchemaText(tables, SQLITE, style, fits)
 
 
-def quote_name(name: str) -> str:
-    """A table's or column's name as it has to be written in SQL."""
-    return name if _PLAIN.fullmatch(name) and name.lower() not in _RESERVED else '"' + name.replace('"', '""') + '"'
+def read_tables(executor: Executor, db_id: str) -> list[Table]:
+    """Tables and views in the order of their making, without those that can't be read."""
+    names = [str(row[0]) for row in _ask(executor, db_id, [TABLES])[0].rows]
+    rows = _sampled_rows(executor, db_id, names)
+    names = [name for name in names if name in rows]
+    columns = _ask(executor, db_id, [COLUMNS.format(_literal(name)) for name in names])
+    keys = _ask(executor, db_id, [FOREIGN_KEYS.format(_literal(name)) for name in names])
+    descriptions = read_descriptions(executor.locate(db_id))
+    return [
+        _table(name, rows[name], found.rows, links.rows, descriptions)
+        for name, found, links in zip(names, columns, keys, strict=True)
+    ]
 
 
-def _ask(executor: Executor, db_id: str, sql: str) -> Result:
-    result = executor.run(db_id, sql, whole=True)
-    if result.status != "ok":
-        raise InfrastructureError(f"database {db_id}: its schema can't be read: {result.error}")
-    return result
+def _ask(executor: Executor, db_id: str, queries: list[str]) -> list[Result]:
+    results = executor.run_many([(db_id, sql) for sql in queries], whole=True)
+    for result in results:
+        if result.status != "ok":
+            raise InfrastructureError(f"database {db_id}: its schema can't be read: {result.error}")
+    return results
 
 
-def _works(executor: Executor, db_id: str, table: str) -> bool:
-    """Whether it can be read. A view that lost its tables can't, nor a virtual table of an extension we don't load."""
-    return executor.run(db_id, f"SELECT * FROM {quote_name(table)} LIMIT 0").status == "ok"
+def _sampled_rows(executor: Executor, db_id: str, names: list[str]) -> dict[str, Result]:
+    """The first rows of each table that can be read.
+
+    A view that lost its tables can't be, nor a virtual table of an extension we don't load. One that is only too slow or
+    too large to be looked at has no rows here.
+    """
+
+    def first(tables: list[str], limit: int) -> dict[str, Result]:
+        queries = [(db_id, f"SELECT * FROM {SQLITE.name(table)} LIMIT {limit}") for table in tables]
+        results = zip(tables, executor.run_many(queries, whole=True), strict=True)
+        return {table: result for table, result in results if result.status == "ok"}
+
+    found = first(names, SAMPLED_ROWS)
+    return {**found, **first([name for name in names if name not in found], 0)}
+
+
+def _table(
+    name: str,
+    sampled: Result,
+    columns: list[tuple[Cell, ...]] | tuple[()],
+    links: list[tuple[Cell, ...]] | tuple[()],
+    descriptions: dict[tuple[str, str], Description],
+) -> Table:
+    samples = _samples(sampled, len(columns))
+    found = []
+    for (column, kind, not_null, _), values in zip(columns, samples, strict=True):
+        said = descriptions.get((name.lower(), str(column).strip().lower()), Description("", ""))
+        type_name = str(kind).removesuffix(GENERATED)
+        found.append(Column(str(column), type_name, bool(not_null), said.column, said.values, values))
+    key = sorted((int(str(row[3])), str(row[0])) for row in columns if row[3])
+    return Table(name, tuple(found), tuple(column for _, column in key), _foreign_keys(links))
+
+
+def _foreign_keys(rows: list[tuple[Cell, ...]] | tuple[()]) -> tuple[ForeignKey, ...]:
+    keys: dict[Cell, list[tuple[Cell, ...]]] = defaultdict(list)
+    for row in rows:
+        keys[row[0]].append(row)
+    return tuple(
+        ForeignKey(
+            columns=tuple(str(row[2]) for row in group),
+            parent=str(group[0][1]),
+            parent_columns=tuple(str(row[3]) for row in group if row[3] is not None),
+        )
+        for group in keys.values()
+    )
+
+
+def _samples(sampled: Result, width: int) -> list[tuple[Cell, ...]]:
+    """For each column the first distinct values that are not NULL nor bytes."""
+    if len(sampled.columns) != width:
+        return [()] * width
+    columns = [dict.fromkeys(row[index] for row in sampled.rows) for index in range(width)]
+    shown = [[value for value in values if value is not None and not isinstance(value, bytes)] for values in columns]
+    return [tuple(values[:SAMPLES]) for values in shown]
 
 
 def _literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
-
-
-def _columns(executor: Executor, db_id: str, table: str) -> list[tuple[Cell, ...]]:
-    """(name, type, NOT NULL, position in the primary key or 0) of each visible column."""
-    sql = f'SELECT name, type, "notnull", pk FROM pragma_table_xinfo({_literal(table)}) WHERE hidden <> 1 ORDER BY cid'
-    return list(_ask(executor, db_id, sql).rows)
-
-
-def _line(executor: Executor, db_id: str, table: str) -> str:
-    names = ", ".join(quote_name(str(row[0])) for row in _columns(executor, db_id, table))
-    return escape(f"{quote_name(table)}({names})")
-
-
-def _create_table(executor: Executor, db_id: str, table: str, samples: bool) -> str:
-    columns = _columns(executor, db_id, table)
-    examples = _samples(executor, db_id, table, len(columns)) if samples else [""] * len(columns)
-    key = [name for _, name in sorted((int(str(row[3])), str(row[0])) for row in columns if row[3])]
-    definitions: list[tuple[str, str]] = []
-    for (name, kind, not_null, _), example in zip(columns, examples, strict=True):
-        words = [
-            quote_name(str(name)),
-            str(kind),
-            "NOT NULL" if not_null else "",
-            "PRIMARY KEY" if key == [name] else "",
-        ]
-        definitions.append((" ".join(word for word in words if word), example))
-    if len(key) > 1:
-        definitions.append((f"PRIMARY KEY ({', '.join(map(quote_name, key))})", ""))
-    definitions += [(text, "") for text in _foreign_keys(executor, db_id, table)]
-    lines = []
-    for number, (definition, example) in enumerate(definitions, 1):
-        comma = "," if number < len(definitions) else ""
-        lines.append("  " + escape(definition) + comma + (f" -- e.g. {example}" if example else ""))
-    return f"CREATE TABLE {escape(quote_name(table))} (\n" + "\n".join(lines) + "\n);"
-
-
-def _foreign_keys(executor: Executor, db_id: str, table: str) -> list[str]:
-    sql = f'SELECT id, "table", "from", "to" FROM pragma_foreign_key_list({_literal(table)}) ORDER BY id, seq'
-    keys: dict[Cell, tuple[str, list[str], list[str]]] = {}
-    for number, parent, child_column, parent_column in _ask(executor, db_id, sql).rows:
-        _, own, theirs = keys.setdefault(number, (str(parent), [], []))
-        own.append(quote_name(str(child_column)))
-        if parent_column is not None:  # left out in the DDL: the parent's primary key is meant
-            theirs.append(quote_name(str(parent_column)))
-    return [
-        f"FOREIGN KEY ({', '.join(own)}) REFERENCES {quote_name(parent)}" + (f"({', '.join(theirs)})" if theirs else "")
-        for parent, own, theirs in keys.values()
-    ]
-
-
-def _samples(executor: Executor, db_id: str, table: str, width: int) -> list[str]:
-    """For each column the first distinct values of the first rows, as SQL literals. A view that fails has none."""
-    result = executor.run(db_id, f"SELECT * FROM {quote_name(table)} LIMIT 20")
-    if result.status != "ok" or len(result.columns) != width:
-        return [""] * width
-    texts = []
-    for column in range(width):
-        values = dict.fromkeys(row[column] for row in result.rows if row[column] is not None)
-        shown = [_sample(value) for value in values if not isinstance(value, bytes)]
-        texts.append(", ".join(shown[:SAMPLES]))
-    return texts
-
-
-def _sample(value: Cell) -> str:
-    if not isinstance(value, str):
-        return str(value)
-    return escape(_literal(value if len(value) <= SAMPLE_CHARS else value[:SAMPLE_CHARS] + "…"))

@@ -13,7 +13,6 @@ import pytest
 
 from rollout.environment import Environment, EnvironmentFactory, make_environment_factory
 from rollout.errors import InfrastructureError, UserError
-from rollout.sql import schema
 from rollout.text2sql import INVALID_ACTION, Cache
 from rollout.types import OUTCOMES, Task
 from sqlrl_jax.config import Config
@@ -177,22 +176,6 @@ def test_the_short_prompt_is_schema_and_question_alone(root: Path) -> None:
 def test_a_tasks_own_prompt_is_used_as_it_is(factory: EnvironmentFactory) -> None:
     prompt = [{"role": "system", "content": "{db_details}"}, {"role": "user", "content": "{question}: Q"}]
     assert factory.create().reset(make_task(prompt=prompt)) == prompt
-
-
-def test_the_schema_as_ddl(factory: EnvironmentFactory) -> None:
-    executor = factory.create().shared.executor
-    text = schema.describe(executor, "music", "full")
-    assert "  id INTEGER PRIMARY KEY, -- e.g. 1, 2, 3\n" in text
-    assert "  name TEXT NOT NULL, -- e.g. 'Zaz', 'Barbara', 'Lena &lt;/observation>'\n" in text
-    assert '  "birth year" INT, -- e.g. 1980, 1930\n' in text
-    assert "  photo BLOB\n" in text
-    assert "  PRIMARY KEY (singer_id, nr),\n  FOREIGN KEY (singer_id) REFERENCES singer\n" in text
-    assert "nowhere" not in text
-    bounded = schema.describe(executor, "music", "full", max_chars=len(text) - 1)
-    assert "e.g." not in bounded
-    assert "CREATE TABLE" in bounded
-    tiny = schema.describe(executor, "music", "full", max_chars=80)
-    assert tiny == 'singer(id, name, country, "birth year", photo)\nsong(singer_id, nr, title)\n-- and 2 more tables'
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,7 @@ def _append(file: BinaryIO, source: Source, remote: _Remote, progress: Progress,
                 raise Passing("the hub continued at another byte; starting over")
         length = response.headers.get("Content-Length")
         total = remote.size if remote.size is not None else have + int(length or 0)
-        for chunk in response.iter_bytes(CHUNK):
+        for chunk in response.iter_bytes():  # as they come: a cut loses nothing
             have += file.write(chunk)
             progress(PurePosixPath(source.filename).name, have, total)
             tries.check_deadline()

@@ -41,6 +41,8 @@ def _allowed(annotation: Any, metadata: list[Any]) -> str:
         return " or ".join("not given" if a is type(None) else _allowed(a, []) for a in typing.get_args(annotation)) + (
             ", " + _bounds(metadata) if _bounds(metadata) else ""
         )
+    if origin is dict:
+        return "any names with JSON values"
     name = "list of " + typing.get_args(annotation)[0].__name__ if origin is tuple else annotation.__name__
     return f"{name} {_bounds(metadata)}".strip()
 
@@ -157,7 +159,8 @@ def _refuse_unknown(tree: dict[str, Any], section: type[Section], prefix: str) -
         if name not in section.model_fields:
             raise ConfigError(f"unknown setting '{key}'{_nearest(key)}. All settings: python launch.py config")
         sub = _section_of(section.model_fields[name].annotation)
-        if sub is None and isinstance(value, dict):
+        free = typing.get_origin(section.model_fields[name].annotation) is dict
+        if sub is None and isinstance(value, dict) and not free:
             raise ConfigError(f"'{key}' is a setting, not a section: it has no '{next(iter(value), '')}'")
         if sub is not None:
             if not isinstance(value, dict):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from rollout.types import Task
 from sqlrl_jax.config import Config
 from sqlrl_jax.data.demo import ensure
-from sqlrl_jax.data.tasks import DataError, read_tasks
+from sqlrl_jax.data.tasks import REQUIRED, DataError, read_tasks
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ def load_questions(config: Config) -> Questions:
     """Generates the demo if asked, reads both lists. Raises DataError naming file, line and field."""
     if config.data.demo.train_databases:
         ensure(config.data.demo)
-    train = read_all(config.data.train_data, "data.train_data")
+    train = read_all(config.data.train_data, "data.train_data", required_fields(config))
     return Questions(train, validation(config))
 
 
 def validation(config: Config) -> list[Task]:
     """The evaluation questions: all, or a sample that depends on the seed alone."""
-    tasks = read_all(config.data.val_data, "data.val_data")
+    tasks = read_all(config.data.val_data, "data.val_data", required_fields(config))
     limit = config.data.max_val_questions
     if 0 < limit < len(tasks):
         chosen = np.random.default_rng(config.trainer.seed).choice(len(tasks), limit, replace=False)
@@ -43,11 +43,16 @@ def validation(config: Config) -> list[Task]:
     return tasks
 
 
-def read_all(paths: tuple[str, ...], key: str) -> list[Task]:
+def required_fields(config: Config) -> tuple[str, ...]:
+    """What a line of questions must have; environments of one's own ask for an `id` alone."""
+    return REQUIRED if config.environment.env_class == "text2sql" else ("id",)
+
+
+def read_all(paths: Sequence[str], key: str, required: Sequence[str] = REQUIRED) -> list[Task]:
     """All questions of several files. The same id in two files is refused."""
     tasks: dict[str, Task] = {}
     for path in paths:
-        for task in read_tasks(Path(path)):
+        for task in read_tasks(path, required):
             if task.id in tasks:
                 raise DataError(f"{path}: question id {task.id!r} is also in an earlier file of {key}")
             tasks[task.id] = task

@@ -2,13 +2,16 @@
 
 Checks the shape of each line and names file, line and field when something is off. Whether the database exists and the
 gold query answers is the SQL environment's business, because only it opens databases. Fields this file does not know are
-kept, so that an environment of one's own can read them.
+kept, so that an environment of one's own can read them. A file that ends in `.parquet` holds rows of SkyRL-SQL, which
+sqlrl_jax.data.sources_skyrl reads.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +19,14 @@ from rollout.errors import UserError
 from rollout.types import Task
 
 REQUIRED = ("id", "db_id", "question", "gold_sql")
-OPTIONAL = ("evidence", "source", "schema", "prompt")
+OPTIONAL = ("evidence", "source", "schema", "prompt", "db_root")
 
 
 class DataError(UserError):
     """A file of questions is missing or malformed; the message names file, line and field."""
 
 
-def read_tasks(path: str | Path) -> list[Task]:
+def read_tasks(path: str | Path, required: Sequence[str] = REQUIRED) -> list[Task]:
     """All tasks of a file, in file order. Blank lines are skipped; `source` is the file's stem where it is not given.
 
     Raises DataError for a missing or empty file, a line that is not a JSON object, a missing or non-text field, an
@@ -31,53 +34,90 @@ def read_tasks(path: str | Path) -> list[Task]:
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: no such file of questions; expected JSON lines with {', '.join(REQUIRED)}")
+        raise DataError(f"{path}: no such file of questions; expected JSON lines with {', '.join(required)}")
     tasks: list[Task] = []
     first_line: dict[str, int] = {}
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            task = parse_task(line, f"{path}:{number}", default_source=path.stem)
-            if task.id in first_line:
-                raise DataError(
-                    f"{path}:{number}: field id: {task.id!r} was already used in line {first_line[task.id]}; "
-                    "ids must be unique in a file"
-                )
-            first_line[task.id] = number
-            tasks.append(task)
+    for number, task in _numbered(path, required):
+        if task.id in first_line:
+            raise DataError(
+                f"{path}:{number}: field id: {task.id!r} was already used in line {first_line[task.id]}; "
+                "ids must be unique in a file"
+            )
+        first_line[task.id] = number
+        tasks.append(task)
     if not tasks:
         raise DataError(f"{path}: holds no questions; expected at least one JSON line")
     return tasks
 
 
-def parse_task(line: str, where: str, default_source: str = "") -> Task:
-    """One line to one task; `where` (file:line) opens every error message."""
+def _numbered(path: Path, required: Sequence[str]) -> Iterator[tuple[int, Task]]:
+    """Each task with its line, or row of a parquet file, from 1."""
+    if path.suffix == ".parquet":
+        from sqlrl_jax.data.sources_skyrl import skyrl_tasks  # reads parquet with an optional library
+
+        yield from skyrl_tasks(path)
+        return
+    number = 0
+    with path.open(encoding="utf-8") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, parse_task(line, f"{path}:{number}", path.stem, required)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: after line {number}: not UTF-8 text ({error.reason})") from None
+
+
+def parse_task(line: str, where: str, default_source: str = "", required: Sequence[str] = REQUIRED) -> Task:
+    """One line to one task; `where` (file:line) opens every error message.
+
+    Without `gold_sql` among the required fields it is another environment's task, whose fields mean what that says.
+    """
     try:
         row: Any = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); one object a line") from None
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    for name in REQUIRED:
+    for name in required:
+        if name == "gold_sql" and row.get("gold_results") is not None:
+            continue  # graded by results instead
         if name not in row:
-            raise DataError(f"{where}: field {name} is missing; required are {', '.join(REQUIRED)}")
-        _check_text(row[name], name, where)
-        if not row[name].strip():
-            raise DataError(f"{where}: field {name} is empty")
-    for name in OPTIONAL:
+            raise DataError(f"{where}: field {name} is missing; required are {', '.join(required)}")
+        check_text(row[name], name, where)
+    for name in OPTIONAL if "gold_sql" in required else ("source",):
         if row.get(name) is not None and name != "prompt":
-            _check_text(row[name], name, where)
+            check_text(row[name], name, where, empty=True)
     fields = {name: value for name, value in row.items() if name not in ("id", "source")}
     return Task(id=row["id"], source=row.get("source") or default_source, fields=fields)
 
 
-def write_tasks(path: str | Path, tasks: Iterable[Task]) -> None:
-    """Writes what read_tasks reads; the same tasks give the same bytes."""
-    lines = (json.dumps({"id": t.id, "source": t.source, **t.fields}, ensure_ascii=False) + "\n" for t in tasks)
-    Path(path).write_text("".join(lines), encoding="utf-8")
+def write_tasks(path: str | Path, tasks: Iterable[Task]) -> int:
+    """Writes what read_tasks reads, and returns how many; the same tasks give the same bytes."""
+    count = 0
+    with replacing(Path(path)) as part, part.open("w", encoding="utf-8", newline="\n") as file:
+        for task in tasks:
+            count += 1
+            file.write(json.dumps({"id": task.id, "source": task.source, **task.fields}, ensure_ascii=False) + "\n")
+    return count
 
 
-def _check_text(value: Any, name: str, where: str) -> None:
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write that takes `path`'s place when the block ends well, and is removed when it does not."""
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def check_text(value: Any, name: str, where: str, empty: bool = False) -> str:
+    """`value` if it is text that can be stored, and not blank unless `empty`. Raises DataError naming the field."""
     if not isinstance(value, str):
         raise DataError(f"{where}: field {name}: expected text, found {type(value).__name__}")
+    if not empty and not value.strip():
+        raise DataError(f"{where}: field {name} is empty")
+    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+        raise DataError(f"{where}: field {name}: holds half of a surrogate pair, which is not a character")
+    return value

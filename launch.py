@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rollout.chat_client import ServerOptions
     from sqlrl_jax.config import Config
 
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
@@ -42,9 +43,34 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _eval(args: argparse.Namespace) -> int:
     config = _config(args)
-    from sqlrl_jax.evaluate import main
+    from sqlrl_jax.evaluate import Request, main
 
-    return main(config, args.model, args.questions, args.databases, args.samples, args.turns, args.out)
+    server = _server(args)
+    names = ("model", "databases", "samples", "max_questions", "out", "resume", "markdown")
+    chosen = {name: getattr(args, name) for name in names}
+    return main(config, Request(**chosen, questions=args.questions or (), turns=args.turns or (), server=server))
+
+
+def _server(args: argparse.Namespace) -> ServerOptions | None:
+    """The served model that the options name. Raises UserError for options that do not go together."""
+    from rollout.chat_client import ServerOptions, checked_key, json_object
+    from rollout.errors import UserError
+
+    if args.server is None:
+        for name in ("served_model", "server_extra"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} needs --server, the address of a served model")
+        return None
+    if args.model is not None:
+        raise UserError("--model is hosted here; the model of a --server is named with --served-model")
+    return ServerOptions(
+        url=args.server,
+        model=args.served_model or "",
+        api_key=checked_key(args.api_key_env, os.environ.get(args.api_key_env, "")),
+        extra=json_object("--server-extra", args.server_extra) if args.server_extra else {},
+        timeout=args.server_timeout,
+        concurrency=args.concurrency,
+    )
 
 
 def _sft(args: argparse.Namespace) -> int:
@@ -134,21 +160,37 @@ def _parser() -> argparse.ArgumentParser:
     parsers["serve"].add_argument(
         "--port-file", help="file for host:port once ready; the service then stops when its standard input closes"
     )
-    evaluate = parsers["eval"]
-    evaluate.add_argument("--model", help="model folder to evaluate (default: trainer.policy.model.path)")
-    evaluate.add_argument("--questions", help="JSON lines file of questions (default: data.val_data)")
-    evaluate.add_argument("--databases", help="folder of <db_id>/<db_id>.sqlite (default: the configured one)")
-    evaluate.add_argument("--samples", type=_positive, help="samples for each question; above 1 gives pass@k")
-    evaluate.add_argument(
-        "--turns", type=_limits, help="turn limits to compare, such as 1,5 (default: generator.max_turns)"
-    )
-    evaluate.add_argument("--out", help="file for every episode, one JSON line each")
+    _evaluation_options(parsers["eval"])
     parsers["import"].add_argument("--model", required=True, help="Hugging Face checkpoint folder")
     parsers["import"].add_argument("--out", required=True, help="folder to write; must not exist")
     parsers["export"].add_argument("--checkpoint", required=True, help="run folder or one of its checkpoints")
     parsers["export"].add_argument("--out", required=True, help="folder to write; must not exist")
     parsers["report"].add_argument("run_dir", help="run folder")
     return parser
+
+
+def _evaluation_options(evaluate: argparse.ArgumentParser) -> None:
+    add = evaluate.add_argument
+    add("--model", help="model folder to evaluate (default: trainer.policy.model.path)")
+    add(
+        "--questions",
+        nargs="+",
+        metavar="FILE",
+        help="JSON lines of questions, each file a set (default: data.val_data)",
+    )
+    add("--databases", help="folder of <db_id>/<db_id>.sqlite (default: the configured one)")
+    add("--max-questions", type=_positive, help="evaluate on a seeded sample of this many")
+    add("--samples", type=_positive, help="samples for each question; above 1 gives pass@k and majority voting")
+    add("--turns", type=_limits, help="turn limits to compare, such as 1,5 (default: generator.max_turns)")
+    add("--out", help="file for every episode, one JSON line each; must not exist")
+    add("--resume", action="store_true", help="go on with the episodes that --out holds")
+    add("--markdown", action="store_true", help="print the tables as Markdown")
+    add("--server", metavar="URL", help="evaluate a served model: http://HOST:PORT/v1 of an OpenAI-compatible server")
+    add("--served-model", metavar="NAME", help="the model's name there (default: the only one)")
+    add("--api-key-env", metavar="NAME", default="OPENAI_API_KEY", help="environment variable of the key (%(default)s)")
+    add("--concurrency", type=_positive, default=16, help="conversations with the server at one time (%(default)s)")
+    add("--server-timeout", type=_positive, default=600, help="seconds that one answer may take (%(default)s)")
+    add("--server-extra", metavar="JSON", help="object merged into each request; null takes a key out")
 
 
 def main(argv: list[str]) -> int:

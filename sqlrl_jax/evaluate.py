@@ -1,28 +1,60 @@
 """Evaluation: greedy (or sampled) episodes on held-out questions, during training and as a verb of its own.
 
-Accuracy is in all and by source; pass@k needs several samples; a list of turn limits shows what looking is worth. The
-verb needs no learner: the rollout service serves the model folder as it is.
+The verb needs no learner: episodes are played by a rollout service that serves the model folder as it is, or, with
+`--server`, by the same environment against any served model. Both go through the same metrics, table and JSON.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from rollout.chat import load_tokenizer
+from rollout.chat_client import ChatClient, ServerOptions, with_model
+from rollout.chat_episode import Conversations, play_all
+from rollout.environment import make_environment_factory
+from rollout.episode import EpisodeSettings
 from rollout.errors import UserError
-from rollout.types import Task, Trajectory
+from rollout.types import Message, Task, Trajectory
 from sqlrl_jax import config_file
 from sqlrl_jax.config import Config
 from sqlrl_jax.data.demo import ensure
 from sqlrl_jax.data.questions import validation
-from sqlrl_jax.display import Display, comparison, eval_line
+from sqlrl_jax.display import Display, comparison
+from sqlrl_jax.episodes_file import EpisodesFile
+from sqlrl_jax.eval_table import as_markdown, as_table, habits, set_line, set_rows
 from sqlrl_jax.fleet import Fleet, sampling_params
 from sqlrl_jax.metrics import eval_metrics
 from sqlrl_jax.run import episode_record
+
+OnEpisode = Callable[[Trajectory, dict[str, Any]], None]
+"""Takes an episode as it ends and its record for the file."""
+Player = Callable[[Sequence[Task], int, OnEpisode], None]
+"""Plays the tasks with a limit of turns."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for; None and empty leave the configuration as it is."""
+
+    model: str | None = None
+    questions: Sequence[str] = ()
+    databases: str | None = None
+    samples: int | None = None
+    max_questions: int | None = None
+    turns: Sequence[int] = ()
+    out: str | None = None
+    resume: bool = False
+    markdown: bool = False
+    server: ServerOptions | None = field(default=None)
 
 
 def evaluate(
@@ -46,77 +78,194 @@ def evaluate(
     return episodes, eval_metrics(episodes)
 
 
-def main(
-    config: Config,
-    model: str | None,
-    questions: str | None,
-    databases: str | None,
-    samples: int | None,
-    turns: list[int] | None,
-    out: str | None,
-) -> int:
-    """`launch.py eval`: prints a table and, as the last line, all metrics as JSON."""
-    config = _with(config, model, questions, databases, samples)
-    if config.data.demo.train_databases and not questions:
+def main(config: Config, request: Request) -> int:
+    """`launch.py eval`: prints a line a set as it is done, a table and, as the last line, all metrics as JSON."""
+    config = _with(config, request)
+    if config.data.demo.train_databases and not request.questions:
         ensure(config.data.demo)
     tasks = validation(config)
-    limits = turns or [config.generator.max_turns]
+    limits = list(request.turns) or [config.generator.max_turns]
+    samples = config.generator.eval_n_samples_per_prompt
     display = Display()
+    if samples > 1 and config.generator.eval_sampling().temperature == 0:
+        display.warn("greedy samples are all the same; set generator.eval_sampling_params.temperature")
+    if request.server is not None:
+        request = replace(request, server=asyncio.run(with_model(request.server)))
+    name = request.server.model if request.server else config.trainer.policy.model.path
     results: list[tuple[int, dict[str, float]]] = []
+    with ExitStack() as stack:
+        file = _open_out(config, request, name)
+        if file is not None:
+            stack.callback(file.close)
+            file.begin(tasks, limits, samples)
+        play = stack.enter_context(_served(config, request.server) if request.server else _hosted(config, display))
+        for limit in limits:
+            metrics = _measure(play, tasks, samples, limit, display, file)
+            _show(display, f"{name}, up to {limit} {'turns' if limit > 1 else 'turn'}", metrics, request.markdown)
+            results.append((limit, metrics))
+    if len(results) > 1 and not request.markdown:
+        display.print(comparison(name, [(f"{t} turns" if t > 1 else "1 turn", m) for t, m in results]))
+    summary = {"model": name, "turns": {str(t): m for t, m in results}}
+    single = results[0][1] | {"max_turns": limits[0], "model": name}
+    print(json.dumps(single if len(results) == 1 else summary))
+    return 0
+
+
+class Progress:
+    """The episodes of one measurement as they come: which sets are complete, and what was had when it was interrupted."""
+
+    def __init__(self, tasks: Sequence[Task], samples: int, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._places = {task.id: number for number, task in enumerate(tasks)}
+        self._missing = Counter(task.source for task in tasks for _ in range(samples))
+        self._several = len(self._missing) > 1
+        self.episodes: list[Trajectory] = []
+
+    def add(self, episode: Trajectory) -> None:
+        self.episodes.append(episode)
+        self._missing[episode.source] -= 1
+        if self._several and self._missing[episode.source] == 0:
+            mine = [e for e in self.episodes if e.source == episode.source]
+            self._say(set_line(episode.source, eval_metrics(mine)))
+
+    def result(self) -> list[Trajectory]:
+        """The episodes by task, then sample."""
+        return sorted(self.episodes, key=lambda e: (self._places[e.task_id], e.sample))
+
+
+def _measure(
+    play: Player, tasks: list[Task], samples: int, limit: int, display: Display, file: EpisodesFile | None
+) -> dict[str, float]:
+    done = {key[1:]: e for key, e in file.done.items() if key[0] == limit} if file is not None else {}
+    progress = Progress(tasks, samples, display.print)
+    for episode in done.values():
+        progress.add(episode)
+    todo = [task for task in tasks if (task.id, 0) not in done]
+    total = len(tasks) * samples
+    try:
+        with display.bar("evaluating", total) as bar:
+            bar(len(done))
+
+            def follow(episode: Trajectory, record: dict[str, Any]) -> None:
+                if episode.outcome != "infrastructure":
+                    progress.add(episode)
+                    if file is not None:
+                        file.write(record)
+                bar(len(progress.episodes))
+
+            if todo:
+                play(todo, limit, follow)
+    except (KeyboardInterrupt, UserError):
+        kept = f"; they are in {file.path}, go on with the same command and --resume" if file is not None else ""
+        display.warn(f"interrupted after {len(progress.episodes)} of {total} episodes{kept}")
+        raise
+    return eval_metrics(progress.result())
+
+
+def _show(display: Display, title: str, metrics: dict[str, float], markdown: bool) -> None:
+    header, rows = set_rows(metrics)
+    if markdown:
+        display.print(f"{title}:\n\n{as_markdown(header, rows)}\n")
+    else:
+        display.print(as_table(title, header, rows))
+    display.print(habits(metrics))
+
+
+@contextmanager
+def _hosted(config: Config, display: Display) -> Iterator[Player]:
+    """Plays on rollout services: those of `generator.services`, or one started here on the model folder."""
     with TemporaryDirectory() as folder:
         file = Path(folder, "config.yaml")
         config_file.save(config, file)
         fleet = Fleet(config, file, Path(folder, "service.log"), display.print)
+        decode = load_tokenizer(config.trainer.policy.model.path).decode
+
+        def play(tasks: Sequence[Task], limit: int, on_episode: OnEpisode) -> None:
+            by_id = {task.id: task for task in tasks}
+
+            def follow(episode: Trajectory) -> None:
+                record = episode_record("eval", limit, episode, by_id[episode.task_id], decode)
+                on_episode(episode, record | {"max_turns": limit})
+
+            evaluate(fleet, config, tasks, None, limit, follow)
+
         try:
-            for limit in limits:
-                results.append((limit, _measure(fleet, config, tasks, limit, display, out)))
+            yield play
         finally:
             fleet.close()
-    display.print(
-        comparison(config.trainer.policy.model.path, [(f"{t} turns" if t > 1 else "1 turn", m) for t, m in results])
-    )
-    summary = {"model": config.trainer.policy.model.path, "turns": {str(t): m for t, m in results}}
-    print(json.dumps(results[0][1] | {"max_turns": limits[0]} if len(results) == 1 else summary))
-    return 0
 
 
-def _measure(
-    fleet: Fleet, config: Config, tasks: list[Task], limit: int, display: Display, out: str | None
-) -> dict[str, float]:
-    done = 0
-    with display.bar("evaluating", len(tasks) * config.generator.eval_n_samples_per_prompt) as bar:
+@contextmanager
+def _served(config: Config, server: ServerOptions) -> Iterator[Player]:
+    """Plays against a served model, with the environment in this process."""
+    generator = config.generator
+    pool = ThreadPoolExecutor(min(64, server.concurrency), thread_name_prefix="environment")
+    with make_environment_factory(config) as environments:
 
-        def follow(_: Trajectory) -> None:
-            nonlocal done
-            done += 1
-            bar(done)
+        def play(tasks: Sequence[Task], limit: int, on_episode: OnEpisode) -> None:
+            by_id = {task.id: task for task in tasks}
 
-        episodes, metrics = evaluate(fleet, config, tasks, None, limit, follow)
-    display.print(eval_line(0, limit, metrics))
-    if out:
-        by_id = {task.id: task for task in tasks}
-        decode = load_tokenizer(config.trainer.policy.model.path).decode
-        with Path(out).open("a", encoding="utf-8") as file:
-            for episode in episodes:
-                record = episode_record("eval", limit, episode, by_id[episode.task_id], decode)
-                file.write(json.dumps(record) + "\n")
-    return metrics
+            def follow(episode: Trajectory, messages: list[Message]) -> None:
+                task = by_id[episode.task_id]
+                record = {"kind": "eval", "max_turns": limit, **task.fields, "messages": messages}
+                on_episode(episode, record | asdict(episode))
+
+            async def run() -> None:
+                async with ChatClient(server) as client:
+                    common = Conversations(
+                        client=client,
+                        environment=environments.create,
+                        settings=EpisodeSettings(limit, generator.max_input_length, config.trainer.max_prompt_length),
+                        params=sampling_params(generator.eval_sampling()),
+                        seed=config.trainer.seed,
+                        pool=pool,
+                    )
+                    await play_all(common, tasks, generator.eval_n_samples_per_prompt, follow)
+
+            asyncio.run(run())
+
+        try:
+            yield play
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _with(
-    config: Config, model: str | None, questions: str | None, databases: str | None, samples: int | None
-) -> Config:
+def _open_out(config: Config, request: Request, name: str) -> EpisodesFile | None:
+    if request.out is None:
+        if request.resume:
+            raise UserError("--resume goes on with the episodes in a file; name it with --out")
+        return None
+    generator = config.generator
+    decisive = {
+        "model": name,
+        "served": request.server is not None,
+        "extra": dict(request.server.extra) if request.server else {},
+        "sampling": generator.eval_sampling().model_dump(),
+        "conversation": generator.use_conversation_multi_turn or request.server is not None,
+        "lengths": [generator.max_input_length, config.trainer.max_prompt_length],
+        "seed": config.trainer.seed,
+        "environment": config.environment.model_dump(mode="json", exclude={"text2sql": {"workers"}}),
+    }
+    return EpisodesFile(Path(request.out), decisive, resume=request.resume)
+
+
+def _with(config: Config, request: Request) -> Config:
     """The configuration with the command line's paths put in, checked to exist."""
     overrides: list[tuple[str, Any]] = []
-    for path, key in (
-        (model, "trainer.policy.model.path"),
-        (databases, "environment.text2sql.database_root"),
-        (questions, "data.val_data"),
-    ):
-        if path is not None:
-            if not Path(path).exists():
-                raise UserError(f"{path}: no such file or folder (for {key})")
-            overrides.append((key, [path] if key == "data.val_data" else path))
-    if samples is not None:
-        overrides.append(("generator.eval_n_samples_per_prompt", samples))
+    named = [
+        ("trainer.policy.model.path", request.model),
+        ("environment.text2sql.database_root", request.databases),
+        *(("data.val_data", file) for file in request.questions),
+    ]
+    for key, path in named:
+        if path is not None and not Path(path).exists():
+            raise UserError(f"{path}: no such file or folder (for {key})")
+        if path is not None and key != "data.val_data":
+            overrides.append((key, path))
+    if request.questions:
+        overrides.append(("data.val_data", list(request.questions)))
+    if request.samples is not None:
+        overrides.append(("generator.eval_n_samples_per_prompt", request.samples))
+    if request.max_questions is not None:
+        overrides.append(("data.max_val_questions", request.max_questions))
     return config_file.override(config, overrides)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from rollout.types import OUTCOMES, Trajectory
+from sqlrl_jax.voting import independent_trials, ks, majority, mean_interval, pass_at_k, wilson
+
+GRADE = "grade/"
+"""Prefix of an episode's metrics that are gradings besides the one that makes the reward: 1.0 passed, 0.0 did not."""
 
 
 def looked_first(episode: Trajectory) -> bool:
@@ -20,13 +25,6 @@ def by_task(episodes: Iterable[Trajectory]) -> dict[str, list[Trajectory]]:
     for episode in episodes:
         groups[episode.task_id].append(episode)
     return dict(groups)
-
-
-def pass_at_k(correct: int, n: int, k: int) -> float:
-    """Chance that at least one of k of the n samples is correct, without bias (Chen et al., arXiv:2107.03374)."""
-    if n - correct < k:
-        return 1.0
-    return float(1.0 - np.prod(1.0 - k / np.arange(n - correct + 1, n + 1)))
 
 
 def rollout_metrics(episodes: Sequence[Trajectory]) -> dict[str, float]:
@@ -54,30 +52,83 @@ def rollout_metrics(episodes: Sequence[Trajectory]) -> dict[str, float]:
 
 
 def eval_metrics(episodes: Sequence[Trajectory]) -> dict[str, float]:
-    """Accuracy in all and by source, pass@k for every power of two up to the samples taken, outcomes, habits."""
+    """Accuracy in all and by source (a source is a set of questions), what several samples are worth, outcomes, habits.
+
+    `eval/all/*` is over all questions, `eval/mean_over_sets` the plain mean of the sets' accuracies, as in published
+    tables. Failures of infrastructure say nothing about the model and are left out.
+    """
+    episodes = [episode for episode in episodes if episode.outcome != "infrastructure"]
     if not episodes:
         return {"eval/questions": 0.0}
     groups = by_task(episodes)
     samples = min(len(group) for group in groups.values())
+    sources: dict[str, list[list[Trajectory]]] = defaultdict(list)
+    for group in groups.values():
+        sources[group[0].source].append(sorted(group, key=lambda episode: episode.sample))
+    queries = [turn for e in episodes for turn in e.turns if turn.sql and turn.status not in ("solution", "unused")]
     out = {
         "eval/questions": float(len(groups)),
         "eval/samples": float(samples),
         "eval/turns": _mean(len(e.turns) for e in episodes),
         "eval/looked_first": _mean(looked_first(e) for e in episodes),
+        "eval/sql_errors": _mean(turn.status in ("error", "denied") for turn in queries),
+        "eval/sql_timeouts": _mean(turn.status == "timeout" for turn in queries),
     }
-    sources: dict[str, list[list[Trajectory]]] = defaultdict(list)
-    for group in groups.values():
-        sources["all"].append(group)
-        sources[group[0].source].append(group)
-    for source, members in sorted(sources.items()):
-        right = [sum(e.outcome == "correct" for e in group) for group in members]
-        out[f"eval/{source}/avg_score"] = _mean(c / len(g) for c, g in zip(right, members, strict=True))
-        out[f"eval/{source}/pass_at_n"] = _mean(c > 0 for c in right)
-        k = 2
-        while source == "all" and k <= samples:
-            out[f"eval/all/pass_at_{k}"] = _mean(pass_at_k(c, len(g), k) for c, g in zip(right, members, strict=True))
-            k *= 2
+    everything = [group for members in sources.values() for group in members]
+    names = _gradings(episodes)
+    for source, members in [("all", everything), *sorted(sources.items())]:
+        out |= {f"eval/{source}/{key}": value for key, value in _set_metrics(members, samples, names).items()}
+    scores = [out[f"eval/{source}/avg_score"] for source in sources]
+    bounds = [(out[f"eval/{source}/ci_low"], out[f"eval/{source}/ci_high"]) for source in sources]
+    out["eval/mean_over_sets"] = _mean(scores)
+    out["eval/mean_over_sets_ci_low"], out["eval/mean_over_sets_ci_high"] = mean_interval(scores, bounds)
     return out | {f"eval/outcome/{o}": _mean(e.outcome == o for e in episodes) for o in OUTCOMES}
+
+
+def _set_metrics(groups: Sequence[Sequence[Trajectory]], samples: int, gradings: Sequence[str]) -> dict[str, float]:
+    """One set's figures; each of `groups` holds a question's episodes in the order of their samples."""
+    right = [sum(e.outcome == "correct" for e in group) for group in groups]
+    shares = [count / len(group) for count, group in zip(right, groups, strict=True)]
+    score = _mean(shares)
+    trials = independent_trials(shares, samples)
+    low, high = wilson(score, trials)
+    out = {
+        "avg_score": score,
+        "pass_at_n": _mean(count > 0 for count in right),
+        "questions": float(len(groups)),
+        "stderr": math.sqrt(score * (1 - score) / trials),
+        "ci_low": low,
+        "ci_high": high,
+        "turns": _mean(len(e.turns) for group in groups for e in group),
+    }
+    if samples > 1:
+        for k in ks(samples):
+            out[f"pass_at_{k}"] = _mean(pass_at_k(c, len(g), k) for c, g in zip(right, groups, strict=True))
+        if _has_answers(groups):
+            out["maj_at_n"] = _mean(_voted_right(group) for group in groups)
+    for name in gradings:
+        out[name] = _mean(_mean(e.metrics.get(name, 0.0) for e in group) for group in groups)
+    return out
+
+
+def _gradings(episodes: Iterable[Trajectory]) -> list[str]:
+    """Names of the gradings that an environment reported beside its reward; an episode without one did not pass it."""
+    return sorted({name for e in episodes for name in e.metrics if name.startswith(GRADE)})
+
+
+def _answer(episode: Trajectory) -> str:
+    return episode.turns[-1].answer if episode.turns else ""
+
+
+def _has_answers(groups: Sequence[Sequence[Trajectory]]) -> bool:
+    """False for an environment that does not tell what its answers were: there is nothing to vote with."""
+    episodes = [e for group in groups for e in group]
+    return any(_answer(e) for e in episodes) or not any(e.outcome == "correct" for e in episodes)
+
+
+def _voted_right(group: Sequence[Trajectory]) -> bool:
+    chosen = majority([_answer(e) for e in group])
+    return chosen is not None and group[chosen].outcome == "correct"
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from rollout.types import Trajectory, Turn
 from sqlrl_jax.data.order import batch_at, steps_per_epoch
-from sqlrl_jax.metrics import eval_metrics, pass_at_k, rollout_metrics
+from sqlrl_jax.metrics import eval_metrics, rollout_metrics
+from sqlrl_jax.voting import pass_at_k
 
 
 def episode(task, sample, outcome, statuses=("solution",), source="a"):

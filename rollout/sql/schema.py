@@ -21,7 +21,8 @@ SELECT name FROM sqlite_master
 WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\'
 ORDER BY rowid"""
 COLUMNS = 'SELECT name, type, "notnull", pk FROM pragma_table_xinfo({}) WHERE hidden <> 1 ORDER BY cid'
-FOREIGN_KEYS = 'SELECT id, "table", "from", "to" FROM pragma_foreign_key_list({}) ORDER BY id DESC, seq'  # the last declared has id 0
+# The key that was declared last has id 0.
+FOREIGN_KEYS = 'SELECT id, "table", "from", "to" FROM pragma_foreign_key_list({}) ORDER BY id DESC, seq'
 GENERATED = " GENERATED ALWAYS"  # SQLite counts it among the type's words
 
 

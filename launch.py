@@ -22,6 +22,7 @@ examples:
   python launch.py --config configs/quickstart.yaml
   python launch.py --config configs/quickstart.yaml trainer.resume_mode=latest
   python launch.py eval --config configs/quickstart.yaml --model runs/quickstart/export
+  python launch.py prepare --list
   python launch.py report runs/quickstart
   python launch.py config --config configs/quickstart.yaml
 `python launch.py VERB --help` lists what a verb takes. Settings are given as key=value."""
@@ -119,6 +120,15 @@ def _show_config(args: argparse.Namespace) -> int:
     return 0
 
 
+def _prepare(args: argparse.Namespace) -> int:
+    from sqlrl_jax.data.prepare import Request, main
+
+    given = {name: value or "" for name, value in vars(args).items() if name not in ("verb", "what")}
+    sets = tuple(word for word in args.what if "=" not in word)
+    settings = tuple(word for word in args.what if "=" in word)
+    return main(Request(sets=sets, settings=settings, **given))
+
+
 def _config(args: argparse.Namespace) -> Config:
     from sqlrl_jax.config_file import load
 
@@ -131,6 +141,7 @@ VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int]]] = {
     "eval": ("measure accuracy on questions; prints one JSON line last", _eval),
     "sft": ("train a small model from nothing on demonstrations (the cold start)", _sft),
     "demo": ("generate the demo databases and questions", _demo),
+    "prepare": ("make questions of public sets or of your own databases; check gold queries", _prepare),
     "import": ("check a Hugging Face checkpoint and rewrite it in our layout", _import),
     "export": ("write a checkpoint as safetensors, config.json and tokenizer", _export),
     "report": ("write a run's report.html", _report),
@@ -148,6 +159,32 @@ def _limits(text: str) -> list[int]:
     return [_positive(part) for part in text.split(",")]
 
 
+PREPARE = """\
+usage: launch.py prepare SET [SET …] --data DIR --out DIR [--download] [--skip-bad] [--sample N]
+       launch.py prepare own --databases FILE_OR_DIR --questions FILE --out DIR
+       launch.py prepare --check --questions FILE [--databases DIR] [--out FILE] [--config FILE] [key=value …]
+       launch.py prepare --list"""
+
+
+def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = PREPARE.removeprefix("usage: ")
+    parser.add_argument("what", nargs="*", metavar="SET", help="sets by name (see --list), or `own`")
+    parser.add_argument("--list", action="store_true", help="show the sets")
+    sets = parser.add_argument_group("public sets, in the layout of OmniSQL's data.zip")
+    sets.add_argument("--data", help="folder that holds spider/, bird/, …, or the data/ they are in")
+    sets.add_argument(
+        "--download", action="store_true", help="fetch what is missing into --data first (22.2 GB packed)"
+    )
+    sets.add_argument("--skip-bad", action="store_true", help="leave bad rows out instead of refusing the set")
+    sets.add_argument("--sample", type=_positive, default=0, help="keep this many questions of each set, drawn evenly")
+    own = parser.add_argument_group("your own databases, and checking gold queries")
+    own.add_argument("--databases", help="own: a SQLite file, or a folder of SQLite or CSV files; --check: the root")
+    own.add_argument("--questions", help="own: CSV or JSON lines of question and SQL; --check: the prepared file")
+    own.add_argument("--out", help="folder to write, also for sets; --check: file for the good questions")
+    own.add_argument("--check", action="store_true", help="run every gold query and list those that cannot be graded")
+    own.add_argument("--config", help="--check: YAML file of settings, which key=value pairs override")
+
+
 def _parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
     description = "Train language models to answer questions with SQL, by multi-turn reinforcement learning."
@@ -161,6 +198,7 @@ def _parser() -> argparse.ArgumentParser:
         "--port-file", help="file for host:port once ready; the service then stops when its standard input closes"
     )
     _evaluation_options(parsers["eval"])
+    _prepare_arguments(parsers["prepare"])
     parsers["import"].add_argument("--model", required=True, help="Hugging Face checkpoint folder")
     parsers["import"].add_argument("--out", required=True, help="folder to write; must not exist")
     parsers["export"].add_argument("--checkpoint", required=True, help="run folder or one of its checkpoints")
@@ -223,6 +261,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             parser.error(f"unknown verb {first!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         argv = ["train", *argv]
     args, rest = parser.parse_known_args(argv)
+    if hasattr(args, "what"):  # names of sets may come after options too
+        args.what += [a for a in rest if not a.startswith("-")]
+        rest = [a for a in rest if a.startswith("-")]
     stray = [a for a in rest if a.startswith("-") or "=" not in a or not hasattr(args, "settings")]
     if stray:
         parser.error(f"unknown argument {stray[0]!r}; settings are given as key=value")

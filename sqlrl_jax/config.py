@@ -274,7 +274,7 @@ class DemoConfig(Section):
 
 class DataConfig(Section):
     train_data: tuple[str, ...] = ("data/demo/train.jsonl",)
-    """Files of training questions (JSON lines: id, db_id, question, gold_sql, evidence)."""
+    """Files of training questions: JSON lines of id, db_id, question, gold_sql, evidence; or SkyRL-SQL's parquet files."""
     val_data: tuple[str, ...] = ("data/demo/heldout.jsonl",)
     """Files of evaluation questions."""
     max_val_questions: int = Field(0, ge=0)

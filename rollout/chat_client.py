@@ -132,20 +132,15 @@ class ChatClient:
 
     def __init__(self, options: ServerOptions) -> None:
         self.options = options
-        parts = urlsplit(options.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"--server {options.url}: expected http://HOST:PORT/v1 or https://HOST/v1")
+        host = _host(options.url)
         headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
-        try:
-            self._http = httpx2.AsyncClient(
-                base_url=options.url.rstrip("/") + "/",
-                headers=headers,
-                timeout=httpx2.Timeout(None, connect=10.0),  # the whole answer's deadline is asyncio's
-                limits=httpx2.Limits(max_connections=options.concurrency + 1),
-                trust_env=not _is_local(parts.hostname),  # a proxy for the internet cannot reach this machine's servers
-            )
-        except httpx2.InvalidURL as error:
-            raise UserError(f"--server {options.url}: {error}") from None
+        self._http = httpx2.AsyncClient(
+            base_url=options.url.rstrip("/") + "/",
+            headers=headers,
+            timeout=httpx2.Timeout(None, connect=10.0),  # the whole answer's deadline is asyncio's
+            limits=httpx2.Limits(max_connections=options.concurrency + 1),
+            trust_env=not _is_local(host),  # a proxy for the internet cannot reach this machine's servers
+        )
 
     async def __aenter__(self) -> ChatClient:
         return self
@@ -245,6 +240,19 @@ class ChatClient:
     def _pause(self, attempt: int, hint: float) -> float:
         growing = self.options.backoff * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)
         return min(self.options.longest_pause, max(growing, hint))
+
+
+def _host(url: str) -> str:
+    """The host in a server's address. Raises UserError if the address is none."""
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.port != 0
+        host = parts.hostname
+    except ValueError:  # a port that is no port
+        usable, host = False, None
+    if not usable or not host:
+        raise UserError(f"--server {url}: expected http://HOST:PORT/v1 or https://HOST/v1")
+    return host
 
 
 def _is_local(host: str) -> bool:

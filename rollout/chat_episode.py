@@ -49,43 +49,53 @@ def neutral(text: str) -> str:
 
 
 class ChatEpisode:
-    """One conversation. `play` returns its trajectory; what the server does wrong is raised."""
+    """One conversation, scored as rollout.episode scores one. `play` returns its trajectory; a server's fault is raised."""
 
     def __init__(self, common: Conversations, task: Task, sample: int) -> None:
         self.common, self.task, self.sample = common, task, sample
+        self.seed = sample_seed(common.seed, task.id, sample)
         self.environment = common.environment()
         self.messages: list[Message] = []
         self.turns: list[Turn] = []
         self.metrics: dict[str, float] = {"generate_seconds": 0.0, "environment_seconds": 0.0}
 
     async def play(self) -> Trajectory:
+        try:
+            return await self._play()
+        finally:  # may block, so it is nobody's to wait for
+            asyncio.get_running_loop().run_in_executor(self.common.pool, self.environment.close)
+
+    async def _play(self) -> Trajectory:
         settings = self.common.settings
-        told = replace(self.task, fields={**self.task.fields, "max_turns": settings.max_turns})
+        told = replace(self.task, fields={"seed": self.seed, **self.task.fields, "max_turns": settings.max_turns})
         self._say(await self._environment(self.environment.reset, told))
         reason = "max_turns"
         for number in range(1, settings.max_turns + 1):
             completion = await self._generate(first=number == 1)
             if completion is None and number == 1:
-                return self._end(0.0, "prompt_too_long", "error", "the prompt does not fit the context")
+                return self._end("prompt_too_long", "error", "the prompt does not fit the context")
             if completion is None:
                 return await self._finish("overflow", "overflow")
             reason = "length" if completion.finish_reason == "length" else "max_turns"
             step = await self._act(completion, number)
             if step.done:
-                solved = step.turn is not None and step.turn.status == "solution"
-                return self._end(step.reward, step.outcome, "solution" if solved else reason)
+                status = self.turns[-1].status
+                if status in ("solution", "timeout"):
+                    reason = status
+                elif reason == "max_turns" and number < settings.max_turns:
+                    reason = "done"
+                return self._end(step.outcome, reason)
             self._say([Message(role="user", content=step.observation or "")])
         return await self._finish(None, reason)
 
     async def _generate(self, first: bool) -> Completion | None:
         """One turn; None when the conversation is longer than it may be."""
         common, started = self.common, time.monotonic()
-        seed = sample_seed(common.seed, self.task.id, self.sample)
         limit = common.settings.max_input_length
         if first:
             limit = min(limit, common.settings.max_prompt_length)
         try:
-            completion = await common.client.complete(self.messages, common.params, seed)
+            completion = await common.client.complete(self.messages, common.params, self.seed)
         except ContextFull:
             return None
         finally:
@@ -95,8 +105,10 @@ class ChatEpisode:
     async def _act(self, completion: Completion, number: int) -> StepResult:
         started = time.monotonic()
         step: StepResult = await self._environment(self.environment.step, completion.text, number)
-        turn = step.turn or Turn(action=completion.text)
+        status = "solution" if step.done else "ok"
+        turn = step.turn or Turn(completion.text, status=status, observation=step.observation or "")
         turn.tokens, turn.seconds = completion.completion_tokens or 0, time.monotonic() - started
+        turn.reward = step.reward
         self.turns.append(turn)
         self.metrics.update(step.metrics)
         self.messages.append(Message(role="assistant", content=completion.text))
@@ -105,7 +117,9 @@ class ChatEpisode:
     async def _finish(self, outcome: str | None, reason: str) -> Trajectory:
         step: StepResult = await self._environment(self.environment.finish)
         self.metrics.update(step.metrics)
-        return self._end(step.reward, outcome or step.outcome, reason)
+        if self.turns:
+            self.turns[-1].reward += step.reward
+        return self._end(outcome or step.outcome, reason)
 
     async def _environment(self, function: Callable[..., Any], *arguments: Any) -> Any:
         started = time.monotonic()
@@ -121,7 +135,7 @@ class ChatEpisode:
     def _say(self, messages: Sequence[Message]) -> None:
         self.messages += [Message(role=m["role"], content=neutral(m["content"])) for m in messages]
 
-    def _end(self, reward: float, outcome: str, reason: str, error: str = "") -> Trajectory:
+    def _end(self, outcome: str, reason: str, error: str = "") -> Trajectory:
         return Trajectory(
             task_id=self.task.id,
             source=self.task.source,
@@ -131,7 +145,7 @@ class ChatEpisode:
             loss_mask=[],
             logprobs=[],
             spans=[],
-            reward=float(reward),
+            reward=sum(turn.reward for turn in self.turns),
             outcome=outcome,
             stop_reason=reason,
             turns=self.turns,

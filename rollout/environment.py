@@ -1,30 +1,39 @@
 """What a model acts in: the base class of all environments, and the door for environments of one's own.
 
 An environment lives for one episode. `reset` gives the first messages, `step` takes the text of one turn of the model and
-says what follows it, `finish` closes an episode that ended without an answer. All of them may block; they are called
-from a pool of threads. What the episodes of a process share (workers, caches) is made once by `open_shared`.
+says what follows it, `finish` closes an episode that ended without an answer. All of them may block. What the episodes of
+a process share (workers, caches, a big table) is made once by `open_shared`.
 
-Left out: tokens, chat templates and limits of length, which are the episode's business (rollout.episode), and text-to-SQL
-itself (rollout.text2sql).
+`environment.env_class` names the class. Text-to-SQL runs in the service's own threads, because it brings worker processes
+for its queries; every other environment runs in worker processes with deadlines (rollout.environment_host), so that
+nothing it does can harm the service. docs/environments.md is the guide.
+
+Left out: tokens, chat templates and limits of length, which are the episode's business (rollout.episode).
 """
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rollout.errors import UserError
 from rollout.types import Message, Task, Turn
 from sqlrl_jax.config import Config
+
+BUILT_IN = {"text2sql": "rollout.text2sql:Text2SQL", "calculator": "rollout.calculator:Calculator"}
+
+# What an environment may call the end of an episode. The other outcomes are the service's.
+END_OUTCOMES = ("correct", "wrong", "malformed", "sql_error", "timeout")
 
 
 @dataclass
 class StepResult:
     """What follows an action.
 
-    `observation` is the raw text after the model's own, tags and reminder included; None at the end. `reward` counts once,
-    when `done`. `outcome` is one of rollout.types.OUTCOMES, empty until `done`. `metrics` are totals of the episode so far.
+    `observation` is the raw text after the model's own, tags and reminder included; it is not shown to the model when the
+    episode is `done`. `reward` is this step's; an episode is worth the sum over its steps. `outcome` is one of
+    END_OUTCOMES when `done`; empty means correct if this step's reward is above 0, otherwise wrong. `metrics` are totals
+    of the episode so far. `turn` says more about the action for people who read episodes; it may be left out.
     """
 
     observation: str | None = None
@@ -32,7 +41,7 @@ class StepResult:
     done: bool = False
     outcome: str = ""
     turn: Turn | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class Environment:
@@ -42,25 +51,33 @@ class Environment:
         self.config = config
         self.shared = shared
 
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """`environment.settings` of the configuration, as it was written there."""
+        return self.config.environment.settings
+
     @classmethod
     def open_shared(cls, config: Config) -> Any:
         """Called once in a process. If what it returns has a `close`, that is called at the end."""
         return None
 
-    def reset(self, task: Task) -> list[Message]:
-        """Starts the episode; returns the prompt."""
-        raise NotImplementedError(f"{type(self).__name__}.reset")
+    def reset(self, task: Task) -> Sequence[Message] | str:
+        """Starts the episode; returns the prompt: messages, or the text of a single one.
+
+        `task.fields` holds the task's own fields, and besides `max_turns` and (unless the task has one) a `seed`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no method reset")
 
     def step(self, action: str, turn: int) -> StepResult:
         """Acts on the text of turn number `turn` (from 1)."""
-        raise NotImplementedError(f"{type(self).__name__}.step")
+        raise NotImplementedError(f"{type(self).__name__} has no method step")
 
     def finish(self) -> StepResult:
         """The episode ended without an answer: no turn is left or the context is full."""
         return StepResult(done=True, outcome="malformed")
 
-
-BUILT_IN = {"text2sql": "rollout.text2sql:Text2SQL"}
+    def close(self) -> None:
+        """The episode is over, however it ended. Frees what it held."""
 
 
 class EnvironmentFactory:
@@ -88,23 +105,10 @@ class EnvironmentFactory:
 
 def make_environment_factory(config: Config) -> EnvironmentFactory:
     """The factory for `environment.env_class`. Raises UserError if that names nothing usable."""
-    name = config.environment.env_class
-    return EnvironmentFactory(_import(BUILT_IN.get(name, name)), config)
+    if config.environment.env_class == "text2sql":
+        from rollout.text2sql import Text2SQL  # here, because that file needs this one
 
+        return EnvironmentFactory(Text2SQL, config)
+    from rollout.environment_host import Hosted
 
-def _import(name: str) -> type[Environment]:
-    module_name, colon, class_name = name.partition(":")
-    if not colon or not module_name or not class_name:
-        raise UserError(f"environment.env_class = {name!r}: expected text2sql or package.module:Class")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(
-            f"environment.env_class = {name!r}: {error}; run from the folder that holds {module_name!r} or install it"
-        ) from error
-    found = getattr(module, class_name, None)
-    if not (isinstance(found, type) and issubclass(found, Environment)):
-        raise UserError(
-            f"environment.env_class = {name!r}: expected a subclass of rollout.environment.Environment there"
-        )
-    return found
+    return EnvironmentFactory(Hosted, config)

@@ -95,17 +95,19 @@ class _EpisodeRun:
         try:
             return await self._play(seed)
         except InfrastructureError as error:
-            return self._end(0.0, "infrastructure", "error", str(error))
-        except Exception as error:  # a fault in somebody's environment must not take the other episodes with it
+            return self._end("infrastructure", "error", str(error))
+        except Exception as error:  # a fault in an environment must not take the other episodes with it
             _log.exception("episode %s sample %d failed", self.task.id, self.sample)
-            return self._end(0.0, "infrastructure", "error", f"{type(error).__name__}: {error}")
+            return self._end("infrastructure", "error", f"{type(error).__name__}: {error}")
+        finally:  # may block, so it is nobody's to wait for
+            asyncio.get_running_loop().run_in_executor(self.pool, self.environment.close)
 
     async def _play(self, seed: int) -> Trajectory:
         record, settings = self.record, self.settings
-        told = replace(self.task, fields={**self.task.fields, "max_turns": settings.max_turns})
+        told = replace(self.task, fields={"seed": seed, **self.task.fields, "max_turns": settings.max_turns})
         record.prompt = self.chat.prompt_ids(await self._environment(self.environment.reset, told))
         if len(record.prompt) > min(settings.max_prompt_length, settings.max_input_length, self.max_context - 1):
-            return self._end(0.0, "prompt_too_long", "error", f"the prompt has {len(record.prompt)} tokens")
+            return self._end("prompt_too_long", "error", f"the prompt has {len(record.prompt)} tokens")
         pending: list[int] = []  # the observation joins the response only if another turn follows it
         for number in range(1, settings.max_turns + 1):
             size = len(record.prompt) + len(record.response) + len(pending)
@@ -114,12 +116,16 @@ class _EpisodeRun:
             record.observed(pending)
             generation = await self._generate(size, seed)
             if generation.finish_reason == "abort":
-                return self._end(0.0, "infrastructure", "error", f"turn {number} was aborted by the engine")
+                return self._end("infrastructure", "error", f"turn {number} was aborted by the engine")
             step = await self._act(generation, number)
             reason = "length" if generation.finish_reason == "length" else "max_turns"
             if step.done:
-                solved = step.turn is not None and step.turn.status == "solution"
-                return self._end(step.reward, step.outcome, "solution" if solved else reason)
+                status = record.turns[-1].status
+                if status in ("solution", "timeout"):
+                    reason = status
+                elif reason == "max_turns" and number < settings.max_turns:
+                    reason = "done"
+                return self._end(step.outcome, reason)
             pending = self.chat.observation_ids(step.observation or "", generation.output_ids)
         return await self._finish(None, reason)
 
@@ -135,8 +141,9 @@ class _EpisodeRun:
         action = self.chat.action_text(generation.output_ids)
         started = time.monotonic()
         step: StepResult = await self._environment(self.environment.step, action, number)
-        turn = step.turn or Turn(action=action)
+        turn = step.turn or Turn(action, status="solution" if step.done else "ok", observation=step.observation or "")
         turn.tokens, turn.seconds = len(generation.output_ids), time.monotonic() - started
+        turn.reward = step.reward
         self.record.turns.append(turn)
         self.record.metrics.update(step.metrics)
         return step
@@ -151,10 +158,14 @@ class _EpisodeRun:
         """The end without a solution: the environment says what the episode so far is worth."""
         step: StepResult = await self._environment(self.environment.finish)
         self.record.metrics.update(step.metrics)
-        return self._end(step.reward, outcome or step.outcome, reason)
+        if self.record.turns:
+            self.record.turns[-1].reward += step.reward
+        return self._end(outcome or step.outcome, reason)
 
-    def _end(self, reward: float, outcome: str, reason: str, error: str = "") -> Trajectory:
+    def _end(self, outcome: str, reason: str, error: str = "") -> Trajectory:
+        """The trajectory as it is now; its reward is the sum of its turns' rewards, 0 after a failure."""
         r = self.record
+        reward = sum(turn.reward for turn in r.turns) if outcome != "infrastructure" else 0.0
         return Trajectory(
             task_id=self.task.id,
             source=self.task.source,
@@ -164,7 +175,7 @@ class _EpisodeRun:
             loss_mask=r.mask,
             logprobs=r.logprobs,
             spans=r.spans,
-            reward=float(reward),
+            reward=reward,
             outcome=outcome,
             stop_reason=reason,
             turns=r.turns,

@@ -330,10 +330,10 @@ def _build(config: Config, stack: contextlib.ExitStack) -> tuple[Engine, Player]
         conversation=generator.use_conversation_multi_turn,
         append_eos=generator.append_eos_token_after_stop_str_in_multi_turn,
     )
-    environments = stack.enter_context(make_environment_factory(config))
+    pool = stack.enter_context(ThreadPoolExecutor(64, thread_name_prefix="environment"))
+    environments = stack.enter_context(make_environment_factory(config))  # closed before the threads that wait for it
     engine = EmbeddedEngine(config)
     stack.callback(engine.close)
-    pool = stack.enter_context(ThreadPoolExecutor(64, thread_name_prefix="environment"))
 
     def play(
         tasks: list[Task],

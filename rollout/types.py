@@ -23,7 +23,7 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class Task:
-    """One question. `fields` is what the environment reads (text2sql: db_id, question, gold_sql, evidence, prompt)."""
+    """One question. `fields` is what the environment reads: any JSON (text2sql: db_id, question, gold_sql, …)."""
 
     id: str
     source: str
@@ -60,8 +60,10 @@ class Turn:
     """One action of the model and what came back, for people and metrics.
 
     `status` is ok, denied, error or timeout for a query that ran, solution for an answer, unused for a query in the last
-    turn (it is not run), invalid when nothing usable was found. `reward` is this turn's part of the episode's; `answer` is
-    equal for solutions with equal results (voting), empty where there is none.
+    turn (it is not run), invalid when nothing usable was found. Other environments: ok, solution for the step that ended
+    the episode, timeout, or any word of their own. `observation` is what came back, without tags where the environment
+    says so. `reward` is this turn's part of the episode's; `answer` is equal for solutions with equal results (voting),
+    empty where there is none.
     """
 
     action: str
@@ -92,7 +94,7 @@ class Trajectory:
     spans: list[tuple[int, int, int]]
     reward: float
     outcome: str
-    stop_reason: str  # solution | max_turns | length | overflow | error
+    stop_reason: str  # solution | done (ended without one) | max_turns | length | timeout | overflow | error
     turns: list[Turn] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     error: str = ""

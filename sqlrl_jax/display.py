@@ -53,10 +53,12 @@ def duration(seconds: float) -> str:
 
 
 def step_line(step: int, total: int, m: dict[str, float], seconds_left: float) -> str:
-    """One line for a training step."""
+    """One line for a training step; what is about queries is left out where there are none."""
+    sql = (
+        f"looked {m['generate/looked_first']:4.0%}  sql errors {m['sql/error_rate']:4.0%}  " if m["sql/queries"] else ""
+    )
     return (
-        f"step {step:>4}/{total}  reward {m['reward/avg_raw_reward']:.3f}  looked {m['generate/looked_first']:4.0%}  "
-        f"turns {m['generate/turns']:.1f}  sql errors {m['sql/error_rate']:4.0%}  "
+        f"step {step:>4}/{total}  reward {m['reward/avg_raw_reward']:.3f}  turns {m['generate/turns']:.1f}  {sql}"
         f"{m['generate/tokens']:,.0f} tokens at {m['generate/tokens_per_second']:,.0f}/s  "
         f"rollout {m['timing/rollout']:.1f}s  update {m['timing/update']:.1f}s  push {m['timing/push']:.1f}s  "
         f"left {duration(seconds_left)}"
@@ -66,9 +68,10 @@ def step_line(step: int, total: int, m: dict[str, float], seconds_left: float) -
 def eval_line(step: int, max_turns: int, m: dict[str, float]) -> str:
     """One line for an evaluation."""
     k = f"  pass@{m['eval/samples']:.0f} {m['eval/all/pass_at_n']:.1%}" if m.get("eval/samples", 1) > 1 else ""
+    looked = f"  looked {m['eval/looked_first']:.0%}" if m.get("eval/sql_queries", 1) else ""
     return (
         f"eval at step {step}, up to {max_turns} turns, {m['eval/questions']:.0f} questions: "
-        f"accuracy {m['eval/all/avg_score']:.1%}{k}  looked {m['eval/looked_first']:.0%}  turns {m['eval/turns']:.1f}"
+        f"accuracy {m['eval/all/avg_score']:.1%}{k}{looked}  turns {m['eval/turns']:.1f}"
     )
 
 

@@ -69,8 +69,11 @@ def set_line(name: str, m: dict[str, float]) -> str:
 def habits(m: dict[str, float]) -> str:
     """How the episodes ended and what the queries came to, on one line."""
     shares = [f"{o.replace('_', ' ')} {m[f'eval/outcome/{o}']:.1%}" for o in OUTCOMES if m[f"eval/outcome/{o}"]]
+    ended = f"outcomes: {', '.join(shares)}"
+    if not m["eval/sql_queries"]:
+        return ended
     return (
-        f"outcomes: {', '.join(shares)}; looked before answering {m['eval/looked_first']:.1%}; "
+        f"{ended}; looked before answering {m['eval/looked_first']:.1%}; "
         f"of the queries {m['eval/sql_errors']:.1%} failed and {m['eval/sql_timeouts']:.1%} timed out"
     )
 

@@ -11,13 +11,15 @@ import numpy as np
 from rollout.types import OUTCOMES, Trajectory
 from sqlrl_jax.voting import independent_trials, ks, majority, mean_interval, pass_at_k, wilson
 
+OWN = "environment/"
+"""Prefix of the metrics of environments of one's own."""
 GRADE = "grade/"
 """Prefix of an episode's metrics that are gradings besides the one that makes the reward: 1.0 passed, 0.0 did not."""
 
 
 def looked_first(episode: Trajectory) -> bool:
     """True when a query ran without error before the episode's last action."""
-    return any(turn.status == "ok" for turn in episode.turns[:-1])
+    return any(turn.status == "ok" and turn.sql for turn in episode.turns[:-1])
 
 
 def by_task(episodes: Iterable[Trajectory]) -> dict[str, list[Trajectory]]:
@@ -48,7 +50,7 @@ def rollout_metrics(episodes: Sequence[Trajectory]) -> dict[str, float]:
         "sql/error_rate": _mean(turn.status in ("error", "denied") for turn in queries),
         "sql/timeouts": float(sum(turn.status == "timeout" for turn in queries)),
     }
-    return out | {f"outcome/{o}": _mean(e.outcome == o for e in episodes) for o in OUTCOMES}
+    return out | {f"outcome/{o}": _mean(e.outcome == o for e in episodes) for o in OUTCOMES} | _own(episodes)
 
 
 def eval_metrics(episodes: Sequence[Trajectory]) -> dict[str, float]:
@@ -71,6 +73,8 @@ def eval_metrics(episodes: Sequence[Trajectory]) -> dict[str, float]:
         "eval/samples": float(samples),
         "eval/turns": _mean(len(e.turns) for e in episodes),
         "eval/looked_first": _mean(looked_first(e) for e in episodes),
+        "eval/avg_reward": _mean(e.reward for e in episodes),
+        "eval/sql_queries": float(len(queries)),
         "eval/sql_errors": _mean(turn.status in ("error", "denied") for turn in queries),
         "eval/sql_timeouts": _mean(turn.status == "timeout" for turn in queries),
     }
@@ -82,7 +86,14 @@ def eval_metrics(episodes: Sequence[Trajectory]) -> dict[str, float]:
     bounds = [(out[f"eval/{source}/ci_low"], out[f"eval/{source}/ci_high"]) for source in sources]
     out["eval/mean_over_sets"] = _mean(scores)
     out["eval/mean_over_sets_ci_low"], out["eval/mean_over_sets_ci_high"] = mean_interval(scores, bounds)
-    return out | {f"eval/outcome/{o}": _mean(e.outcome == o for e in episodes) for o in OUTCOMES}
+    out |= {f"eval/outcome/{o}": _mean(e.outcome == o for e in episodes) for o in OUTCOMES}
+    return out | {f"eval/{name}": value for name, value in _own(episodes).items()}
+
+
+def _own(episodes: Sequence[Trajectory]) -> dict[str, float]:
+    """What an environment of one's own measured: means over the episodes that have the figure."""
+    names = sorted({name for e in episodes for name in e.metrics if name.startswith(OWN)})
+    return {name: _mean(e.metrics[name] for e in episodes if name in e.metrics) for name in names}
 
 
 def _set_metrics(groups: Sequence[Sequence[Trajectory]], samples: int, gradings: Sequence[str]) -> dict[str, float]:

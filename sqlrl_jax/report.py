@@ -25,7 +25,7 @@ from markupsafe import Markup
 
 from rollout.errors import UserError
 from sqlrl_jax import report_episodes as episodes
-from sqlrl_jax.report_charts import WIDE, Chart, Series, line_chart, stacked_chart
+from sqlrl_jax.report_charts import WIDE, Chart, Entry, Series, curve, line_chart, own_charts, stacked_chart, value_of
 
 # Filter the training episodes by outcome; open or close all episodes of a section.
 _SCRIPT = """
@@ -40,8 +40,6 @@ document.querySelectorAll("button[data-all]").forEach(button => button.addEventL
   all.forEach(e => { e.open = open; });
 }));
 """
-
-Entry = dict[str, Any]
 
 
 @dataclass
@@ -64,6 +62,11 @@ class RunData:
                 return default
             value = value[part]
         return value
+
+    @property
+    def sql(self) -> bool:
+        """Whether the run was about text-to-SQL."""
+        return bool(self.setting("environment.env_class", "text2sql") == "text2sql")
 
     @property
     def main_evals(self) -> list[Entry]:
@@ -106,7 +109,7 @@ def read_run(run_dir: Path) -> RunData:
         run.notes.append("No step has finished yet: there is nothing to show but the configuration.")
     starts = run_dir / ".starts.json"
     counted = episodes.read_lines(starts)[0] if starts.exists() else []
-    if counted and _number(counted[0], "starts", 1) > 1:
+    if counted and value_of(counted[0], "starts", 1) > 1:
         run.notes.append(
             f"The run was started {counted[0]['starts']} times; the wall time includes the pauses between."
         )
@@ -148,7 +151,7 @@ def _page(run_dir: Path, run: RunData) -> dict[str, Any]:
     """Everything the template shows."""
     before, after, evaluated = _held_out_episodes(run_dir, run)
     samples, sampled_steps = _training_samples(run_dir, run)
-    times = [e["time"] for e in [*run.train, *run.main_evals, *run.one_turn_evals] if _number(e, "time") > 0]
+    times = [e["time"] for e in [*run.train, *run.main_evals, *run.one_turn_evals] if value_of(e, "time") > 0]
     digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
     pairs = episodes.match(before, after)
     return {
@@ -202,12 +205,14 @@ def _headlines(run: RunData, times: list[float]) -> list[tuple[str, str, str]]:
     """(label, figure, remark) for the top of the page."""
     out = [
         _accuracy_headline("Held-out accuracy", run.main_evals, f"up to {run.max_turns} turns"),
-        _accuracy_headline("With one turn only", run.one_turn_evals, "the same questions, no looking first"),
+        _accuracy_headline(
+            "With one turn only", run.one_turn_evals, "the same questions" + ", no looking first" * run.sql
+        ),
     ]
     steps = len(run.train)
     per_step = [run.setting("trainer.train_batch_size", 0), run.setting("generator.n_samples_per_prompt", 0)]
     if steps:
-        counted = sum(_number(e, "generate/episodes", per_step[0] * per_step[1]) for e in run.train)
+        counted = sum(value_of(e, "generate/episodes", per_step[0] * per_step[1]) for e in run.train)
         questions = f"{steps * per_step[0]:,} questions asked, " if per_step[0] else ""
         out.append(("Training episodes", f"{counted:,.0f}", f"{questions}{steps:,} steps"))
         tokens = _total(run.train, "generate/tokens")
@@ -218,7 +223,7 @@ def _headlines(run: RunData, times: list[float]) -> list[tuple[str, str, str]]:
 
 
 def _accuracy_headline(label: str, evals: list[Entry], remark: str) -> tuple[str, str, str]:
-    scored = [e for e in evals if math.isfinite(_number(e, "eval/all/avg_score"))]
+    scored = [e for e in evals if math.isfinite(value_of(e, "eval/all/avg_score"))]
     if not scored:
         return label, "", ""
     first, last = scored[0], scored[-1]
@@ -235,15 +240,17 @@ def _accuracy_headline(label: str, evals: list[Entry], remark: str) -> tuple[str
 def _accuracy_chart(run: RunData) -> Chart:
     several = f"up to {run.max_turns} turns" if run.max_turns != 1 else "one turn"
     score = "eval/all/avg_score"
-    series = [_series(run.main_evals, score, several, "after", markers=True)]
-    series.append(_series(run.one_turn_evals, score, "one turn only", "one-turn", markers=True, dashed=True))
-    caption = "Share of held-out questions whose answer returns the right rows, on databases never trained on."
+    series = [curve(run.main_evals, score, several, "after", markers=True)]
+    series.append(curve(run.one_turn_evals, score, "one turn only", "one-turn", markers=True, dashed=True))
+    caption = "Share of held-out questions whose answer is right."
+    if run.sql:
+        caption = "Share of held-out questions whose answer returns the right rows, on databases never trained on."
     return line_chart("accuracy", "Held-out accuracy", caption, "% of questions", series, WIDE)
 
 
 def _reward_chart(run: RunData) -> Chart:
     smooth = max(1, min(25, len(run.train) // 10))
-    values = _series(run.train, "reward/avg_raw_reward", "reward", "training", smooth=smooth)
+    values = curve(run.train, "reward/avg_raw_reward", "reward", "training", smooth=smooth)
     unit = "mean reward of a step"
     caption = "Mean reward of the sampled training episodes (1 for a right answer)."
     if smooth > 1:
@@ -253,7 +260,7 @@ def _reward_chart(run: RunData) -> Chart:
 
 def _outcome_charts(run: RunData) -> list[Chart]:
     def series(entries: list[Entry], prefix: str) -> list[Series]:
-        return [_series(entries, prefix + o, label, o) for o, label in episodes.OUTCOME_LABELS.items()]
+        return [curve(entries, prefix + o, label, o) for o, label in episodes.OUTCOME_LABELS.items()]
 
     train, held_out = series(run.train, "outcome/"), series(run.main_evals, "eval/outcome/")
     caption = "How sampled training episodes ended."
@@ -269,14 +276,17 @@ def _outcome_charts(run: RunData) -> list[Chart]:
 def _habit_charts(run: RunData) -> list[Chart]:
     def both(metric: str) -> list[Series]:
         return [
-            _series(run.train, f"generate/{metric}", "training", "training"),
-            _series(run.main_evals, f"eval/{metric}", "held-out", "after", markers=True),
+            curve(run.train, f"generate/{metric}", "training", "training"),
+            curve(run.main_evals, f"eval/{metric}", "held-out", "after", markers=True),
         ]
 
-    errors = [_series(run.train, "sql/error_rate", "SQL errors", "training")]
+    turns = line_chart("turns", "Turns", "Mean number of actions in an episode.", "turns per episode", both("turns"))
+    if not run.sql:
+        return [turns, *own_charts(run.train, run.main_evals)]
+    errors = [curve(run.train, "sql/error_rate", "SQL errors", "training")]
     first = "Episodes in which a query ran before the answer was given."
     return [
-        line_chart("turns", "Turns", "Mean number of actions in an episode.", "turns per episode", both("turns")),
+        turns,
         line_chart("looked", "Looked first", first, "% of episodes", both("looked_first")),
         line_chart("errors", "Failed queries", "Queries that failed, in training.", "% of queries", errors, zoom=True),
     ]
@@ -285,7 +295,7 @@ def _habit_charts(run: RunData) -> list[Chart]:
 def _optimizer_charts(run: RunData) -> list[Chart]:
     def one(key: str, title: str, caption: str, unit: str) -> Chart:
         name = key.rpartition("/")[2]
-        return line_chart(name, title, caption, unit, [_series(run.train, key, title, "training")], zoom=True)
+        return line_chart(name, title, caption, unit, [curve(run.train, key, title, "training")], zoom=True)
 
     return [
         one("policy/entropy", "Entropy", "Mean entropy of the next-token distribution.", "nats per token"),
@@ -295,13 +305,13 @@ def _optimizer_charts(run: RunData) -> list[Chart]:
 
 
 def _time_charts(run: RunData) -> list[Chart]:
-    parts = [_series(run.train, f"timing/{part}", part, part) for part in ("rollout", "update", "push")]
+    parts = [curve(run.train, f"timing/{part}", part, part) for part in ("rollout", "update", "push")]
     rest = [
-        _number(e, "timing/step") - sum(_number(e, f"timing/{p}", 0.0) for p in ("rollout", "update", "push"))
+        value_of(e, "timing/step") - sum(value_of(e, f"timing/{p}", 0.0) for p in ("rollout", "update", "push"))
         for e in run.train
     ]
     parts.append(Series("other", parts[0].x, [max(0.0, value) for value in rest], "rest"))
-    speed = [_series(run.train, "generate/tokens_per_second", "tokens/s", "training")]
+    speed = [curve(run.train, "generate/tokens_per_second", "tokens/s", "training")]
     caption = "Wall time of each training step by what it was spent on."
     return [
         stacked_chart("time", "Time of a step", caption, "seconds per step", parts, True, WIDE),
@@ -333,24 +343,15 @@ def _source_table(run: RunData, after: list[Entry]) -> list[dict[str, Any]]:
         rows.append({
             "source": "all questions" if source == "all" else source,
             "count": total if source == "all" else counts.get(source),
-            "before": _number(first, key) if first is not last else math.nan,
-            "after": _number(last, key),
-            "one_turn": _number(one_turn, key),
+            "before": value_of(first, key) if first is not last else math.nan,
+            "after": value_of(last, key),
+            "one_turn": value_of(one_turn, key),
         })  # fmt: skip
     return rows
 
 
-def _series(entries: list[Entry], key: str, label: str, color: str, **options: Any) -> Series:
-    return Series(label, [e["step"] for e in entries], [_number(e, key) for e in entries], color, **options)
-
-
-def _number(entry: Entry, key: str, default: float = math.nan) -> float:
-    value = entry.get(key)
-    return float(value) if isinstance(value, (int, float)) else default
-
-
 def _total(entries: list[Entry], key: str) -> float:
-    return sum(value for e in entries if math.isfinite(value := _number(e, key)))
+    return sum(value for e in entries if math.isfinite(value := value_of(e, key)))
 
 
 def _short(value: float) -> str:

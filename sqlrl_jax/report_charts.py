@@ -22,6 +22,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from sqlrl_jax.metrics import OWN
+
 WIDE, SMALL = (430, 232), (360, 210)  # user units of the drawing; the page scales it to its column
 _INK, _GRID = "#000001", "#000002"
 # CSS variables of the page that a chart may use, by the placeholder that stands for each while drawing.
@@ -48,7 +50,10 @@ _STYLE: dict[str, Any] = {
     "lines.linewidth": 2,
     "lines.solid_capstyle": "round",
 }
+_OWN_CHARTS = 5
 _MAX_POINTS = 150  # more steps than this are averaged in bins, or areas and bars would grow without end
+
+Entry = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,30 @@ class Chart:
     caption: str
     svg: Markup | None  # None: nothing was recorded
     legend: list[tuple[str, str, bool]] = field(default_factory=list)
+
+
+def curve(entries: Sequence[Entry], key: str, label: str, color: str, **options: Any) -> Series:
+    """One metric over the steps of metrics.jsonl's entries."""
+    return Series(label, [e["step"] for e in entries], [value_of(e, key) for e in entries], color, **options)
+
+
+def value_of(entry: Entry, key: str, default: float = math.nan) -> float:
+    value = entry.get(key)
+    return float(value) if isinstance(value, (int, float)) else default
+
+
+def own_charts(train: Sequence[Entry], evals: Sequence[Entry]) -> list[Chart]:
+    """The first few metrics that an environment of one's own measured."""
+    names = sorted({key for entry in train for key in entry if key.startswith(OWN)})[:_OWN_CHARTS]
+    charts = []
+    for place, key in enumerate(names):
+        title = key.removeprefix(OWN)
+        lines = [
+            curve(train, key, "training", "training"),
+            curve(evals, f"eval/{key}", "held-out", "after", markers=True),
+        ]
+        charts.append(line_chart(f"own-{place}", title, "Mean over the episodes.", title, lines, zoom=True))
+    return charts
 
 
 def line_chart(

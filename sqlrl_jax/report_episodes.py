@@ -41,6 +41,8 @@ STOP_LABELS = {
     "max_turns": "turns used up",
     "length": "the turn grew too long",
     "overflow": "context full",
+    "timeout": "the environment took too long",
+    "done": "the environment ended the episode",
     "error": "something outside the model failed",
 }
 IMPROVED, STILL_WRONG, WORSE, STEADY = 6, 3, 2, 3  # pairs shown of each kind; steady ones only fill an empty page
@@ -140,7 +142,7 @@ def view(record: Record) -> dict[str, Any]:
         "step": record.get("step"),
         "source": str(record.get("source", "")),
         "db_id": str(record.get("db_id", "")),
-        "question": bounded(record.get("question"), "question"),
+        "question": bounded(record.get("question") or record.get("task_id"), "question"),
         "evidence": bounded(record.get("evidence"), "question"),
         "prompt": bounded(_prompt_text(record.get("prompt")), "prompt"),
         "gold_sql": highlight(bounded(record.get("gold_sql"), "sql")),
@@ -213,12 +215,13 @@ def _turn_view(number: int, turn: Record) -> dict[str, Any]:
     observation, reminder = str(turn.get("observation") or ""), ""
     if found := _OBSERVATION.match(observation):
         observation, reminder = found[1], found[2]
-    status = str(turn.get("status", ""))
+    status, reward = str(turn.get("status", "")), float(turn.get("reward") or 0.0)
     return {
         "number": number,
         "parts": parts,
         "observation": bounded(observation, "observation"),
         "reminder": bounded(re.sub(r"</?reminder>", "", reminder), "question"),
+        "reward": f"{reward:+.3g}" if reward not in (0.0, 1.0) else "",
         "status": status if status in STATUS_LABELS else "other",
         "status_label": STATUS_LABELS.get(status, status),
     }

@@ -100,7 +100,7 @@ class Run:
 
 def episode_record(kind: str, step: int, episode: Trajectory, task: Task, decode: Decode) -> dict[str, Any]:
     """One line of a trajectories file: the question, the prompt as the model read it, then the whole trajectory."""
-    return {"kind": kind, "step": step, **task.fields, "prompt": decode(episode.prompt_ids), **asdict(episode)}
+    return {**task.fields, "kind": kind, "step": step, "prompt": decode(episode.prompt_ids), **asdict(episode)}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

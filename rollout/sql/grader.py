@@ -1,153 +1,119 @@
-"""Whether two results are the same answer. Pure functions; nothing is run here.
+"""Whether a prediction's result is the gold's, by one of three gradings. Pure functions; nothing is run here.
 
-Results are equal if they have as many columns and the same rows: in order where the gold's outermost query orders, else
-as a multiset, so a missing DISTINCT or a doubled row is wrong. Cells are equal if both are NULL, both the same text or the
-same bytes, or both numbers: integers exactly, anything with a float to 1e-6 relative. Text is never a number. Column names
-don't matter, their order does.
+In every grading a prediction must be one statement that returned columns, within the executor's limits; clock and dice
+stand still (rollout.sql.guard) and bytes that are not UTF-8 are read as U+FFFD. What each grading says of the rows:
 
-Left out: BIRD's set comparison and the Spider test suite, which are other measures and not a reward's business.
+`rows`, ours. As many columns and the same rows: in order where the gold's outermost query orders, else as a multiset, so
+a missing DISTINCT or a doubled row is wrong. Integers are equal exactly, anything with a float to 1e-6 relative; text is
+never a number (rollout.sql.rows). Column names don't matter; their order does, unless `column_permutation` is on. A
+prediction that reads no table where the gold reads one is a guess or was copied from what the model saw, and is wrong:
+literals from a query that names some table anyway can't be told by looking at results.
+
+`bird_set`, BIRD's published measure (Li et al. 2023, arXiv:2305.03111; `calculate_ex` in evaluation/evaluation_ex.py of
+bird-bench/mini_dev): the sets of rows are equal as Python compares tuples. So order and repetitions don't matter, 1 is
+1.0, floats are equal exactly, and two empty results are equal whatever their columns. Differs only in the limits (30 s of
+wall time there) and in what the first paragraph says.
+
+`spider_test_suite`, test-suite accuracy (Zhong et al. 2020, arXiv:2010.02840; `eval_exec_match` in exec_eval.py of
+taoyds/test-suite-sql-eval, as called by default: values are not plugged in, DISTINCT is dropped from both queries).
+The results agree on every database of the suite: as many rows and columns, and some order of columns gives the same
+multiset of rows, or list if "order by" is anywhere in the gold's text, as Python compares tuples; two empty results are
+equal whatever their columns. `prepared` does to a query what the script does before it runs one. Differs where the script
+has slips: its quick rejection sorts the cells of a row by their text, so it refuses some rows that mix 1 and 1.0; and
+IS [NOT] DISTINCT FROM keeps its DISTINCT. YEAR(CURDATE()), which is not SQLite, isn't rewritten.
 """
 
 from __future__ import annotations
 
-import functools
+import hashlib
 import math
-from bisect import bisect_left, bisect_right
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-
-from sqlglot import tokenize
-from sqlglot.errors import SqlglotError
-from sqlglot.tokens import TokenType
+from collections import Counter
+from decimal import Decimal
+from typing import Literal
 
 from rollout.sql.executor import Result
 from rollout.sql.observation import Cell
+from rollout.sql.rows import Rows, same_in_some_column_order, same_rows
+from rollout.sql.syntax import is_ordered, without_distinct
 
-RELATIVE = 1e-6
-MAX_COMPARISONS = 200_000  # of rows, where nearly equal floats have to be paired off
+Grading = Literal["rows", "bird_set", "spider_test_suite"]
 
-NUMBER = ()  # marks a number's place among the cells that have to be equal exactly
-
-Row = tuple[Cell, ...]
-Numbers = tuple[int | float, ...]
-Key = tuple[Cell | tuple[()], ...]
+FINGERPRINT_DIGITS = 6  # of a float
+FINGERPRINT_OFFSET = 0.618  # where rounding turns upwards: a half would part the two sides of many a price or mean
+EXACT_FLOATS = 2.0**53  # from here on every float is an integer
 
 
-def correct(predicted: Result, gold: Result, gold_sql: str) -> bool:
-    """Whether a prediction's whole result is the gold's. A prediction that failed or returned no columns never is."""
+def correct(
+    predicted: Result, gold: Result, gold_sql: str, grading: Grading = "rows", column_permutation: bool = False
+) -> bool:
+    """Whether a prediction's whole result is the gold's. A prediction that failed or returned no columns never is.
+
+    `column_permutation` is for `rows`; `spider_test_suite` looks at one of its databases here, and all have to agree.
+    """
     if predicted.status != "ok" or gold.status != "ok" or predicted.truncated or gold.truncated:
         return False
-    if not predicted.columns or len(predicted.columns) != len(gold.columns):
+    if not predicted.columns:
         return False
-    return same_rows(predicted.rows, gold.rows, is_ordered(gold_sql))
+    if grading == "bird_set":
+        return set(predicted.rows) == set(gold.rows)
+    if grading == "spider_test_suite":
+        return same_for_spider(predicted.rows, gold.rows, "order by" in gold_sql.lower())
+    if len(predicted.columns) != len(gold.columns):
+        return False
+    return same_rows(predicted.rows, gold.rows, is_ordered(gold_sql), column_permutation)
 
 
-def same_rows(predicted: Sequence[Row], gold: Sequence[Row], ordered: bool) -> bool:
-    """Whether the rows are equal: pairwise in order, or paired off in some way."""
+def same_for_spider(predicted: Rows, gold: Rows, ordered: bool) -> bool:
+    """Whether some order of columns makes the rows equal, exactly: the test suite's comparison of two results."""
     if len(predicted) != len(gold):
         return False
     if ordered:
-        return all(map(same_row, predicted, gold))
-    if Counter(predicted) == Counter(gold):  # 1 and 1.0 hash alike, as they should
-        return True
-    if not _has_float(predicted) and not _has_float(gold):
-        return False
-    left, right = _by_exact_part(predicted), _by_exact_part(gold)
-    if {key: len(rows) for key, rows in left.items()} != {key: len(rows) for key, rows in right.items()}:
-        return False
-    return all(_can_pair(left[key], right[key]) for key in left)
+        return same_in_some_column_order(predicted, gold, True, _equal_lists)
+    return same_in_some_column_order(predicted, gold, False, _equal_multisets)
 
 
-def same_row(left: Row, right: Row) -> bool:
-    """Whether two rows are equal, cell by cell."""
-    return len(left) == len(right) and all(map(same_cell, left, right))
+def _equal_lists(left: Rows, right: Rows) -> bool:
+    return list(left) == list(right)
 
 
-def same_cell(left: Cell, right: Cell) -> bool:
-    """Whether two cells are equal (see the head of this file)."""
-    if isinstance(left, int | float) and isinstance(right, int | float):
-        exact = isinstance(left, int) and isinstance(right, int)
-        return left == right if exact else math.isclose(left, right, rel_tol=RELATIVE)
-    return type(left) is type(right) and left == right
+def _equal_multisets(left: Rows, right: Rows) -> bool:
+    return Counter(left) == Counter(right)
 
 
-@functools.lru_cache(maxsize=65536)
-def is_ordered(sql: str) -> bool:
-    """Whether the outermost query has an ORDER BY: one outside of every parenthesis, in SQLite's grammar."""
-    try:
-        tokens = tokenize(sql, read="sqlite")
-    except SqlglotError:
-        return False
-    depth = 0
-    for index, token in enumerate(tokens):
-        depth += (token.token_type == TokenType.L_PAREN) - (token.token_type == TokenType.R_PAREN)
-        if depth == 0 and token.token_type == TokenType.ORDER_BY:
-            return True
-        if depth == 0 and token.token_type == TokenType.VAR and token.text.lower() == "order":  # ORDER /* */ BY
-            return index + 1 < len(tokens) and tokens[index + 1].text.lower() == "by"
-    return False
+def prepared(sql: str, keep_distinct: bool) -> str:
+    """A query as the test suite's script runs it: blanks inside of >=, <= and != closed, DISTINCT dropped."""
+    for wide, narrow in (("> =", ">="), ("< =", "<="), ("! =", "!=")):
+        sql = sql.replace(wide, narrow)
+    return sql if keep_distinct else without_distinct(sql)
 
 
-def _has_float(rows: Sequence[Row]) -> bool:
-    return any(isinstance(cell, float) for row in rows for cell in row)
+def fingerprint(result: Result) -> str:
+    """A short hash, equal for results that `rows` calls equal without order: what votes are counted by.
 
-
-def _by_exact_part(rows: Sequence[Row]) -> dict[Key, list[Numbers]]:
-    """Numbers of the rows, grouped by everything else; numbers leave their place marked."""
-    groups: dict[Key, list[Numbers]] = defaultdict(list)
-    for row in rows:
-        key = tuple(NUMBER if isinstance(cell, int | float) else cell for cell in row)
-        groups[key].append(tuple(cell for cell in row if isinstance(cell, int | float)))
-    return groups
-
-
-def _can_pair(left: list[Numbers], right: list[Numbers]) -> bool:
-    """Whether a one-to-one pairing of nearly equal rows exists. Nearness isn't transitive, so this is a matching problem.
-
-    Pairing in sorted order nearly always succeeds. Where it doesn't, augmenting paths (Kuhn) decide; past
-    MAX_COMPARISONS the answer is no, which takes thousands of rows that differ by less than the tolerance.
+    Exactly so without floats. A float counts as the integer it is, and otherwise by its first six digits, never cut above
+    the decimal point. So two floats that differ in the twelfth digit, as sums in another order do, agree but for one pair
+    in about a million; two that differ by the whole tolerance of 1e-6 agree mostly, and above a million, where an integer's
+    last digit is finer than the tolerance, seldom. Empty for a result that failed or was not fetched whole.
     """
-    left, right = sorted(left), sorted(right)
-    if all(map(same_row, left, right)):
-        return True
-    neighbours = _neighbours(left, right)
-    if neighbours is None or not all(neighbours):
-        return False
-    owner: dict[int, int] = {}
-    return all(_augment(node, neighbours, owner) for node in range(len(left)))
+    if result.status != "ok" or result.truncated or not result.columns:
+        return ""
+    rows = sorted(repr([_canonical(cell) for cell in row]) for row in result.rows)
+    text = "\n".join([str(len(result.columns)), *rows])
+    return hashlib.blake2b(text.encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
 
 
-def _neighbours(left: list[Numbers], right: list[Numbers]) -> list[list[int]] | None:
-    """For each row on the left the nearly equal ones on the right; None if there is too much to compare. Both sorted."""
-    first = [row[0] for row in right]
-    result: list[list[int]] = []
-    comparisons = 0
-    for row in left:
-        margin = 2 * RELATIVE * abs(row[0])
-        low, high = bisect_left(first, row[0] - margin), bisect_right(first, row[0] + margin)
-        comparisons += high - low
-        if comparisons > MAX_COMPARISONS:
-            return None
-        result.append([index for index in range(low, high) if same_row(row, right[index])])
-    return result
-
-
-def _augment(start: int, neighbours: list[list[int]], owner: dict[int, int]) -> bool:
-    """Finds a place on the right for `start`, moving others if need be (breadth first). `owner`: place → left row."""
-    reached_by: dict[int, int] = {}  # place → left row
-    home = {start: -1}  # left row → the place it would give up
-    queue = [start]
-    for node in queue:
-        for place in neighbours[node]:
-            if place in reached_by:
-                continue
-            reached_by[place] = node
-            if place in owner:
-                home[owner[place]] = place
-                queue.append(owner[place])
-                continue
-            while place >= 0:  # back along the path: everyone moves one place on
-                owner[place] = reached_by[place]
-                place = home[owner[place]]
-            return True
-    return False
+def _canonical(cell: Cell) -> Cell | tuple[str]:
+    """Equal for nearly equal numbers; numbers in a tuple, so that they are never text."""
+    if isinstance(cell, int):
+        return (str(cell),)
+    if not isinstance(cell, float):
+        return cell
+    if not math.isfinite(cell) or cell == 0:
+        return (str(cell) if cell else "0",)
+    size = abs(cell)
+    if size >= EXACT_FLOATS:
+        return (str(int(cell)),)
+    places = min(max(FINGERPRINT_DIGITS - 1 - math.floor(math.log10(size)), 0), 300)
+    digits = math.floor(size * 10.0**places + FINGERPRINT_OFFSET)
+    sign = "-" if cell < 0 and digits else ""
+    return (sign + format(Decimal(digits).scaleb(-places).normalize(), "f"),)

@@ -17,6 +17,7 @@ MAX_NAME_CHARS = 100
 MAX_ERROR_CHARS = 500
 TIMEOUT = "SQL Timeout"
 NO_ROWS = "(no rows)"
+SEPARATOR = " | "
 
 _TAGS = "think|sql|solution|observation|reminder|s|unk|pad|bos|eos|cls|sep|mask|start_of_turn|end_of_turn|tool_call"
 _MARKUP = re.compile(rf"<(?=\s*/?\s*(?:{_TAGS})\b|\||｜)|\[(?=/?INST\])", re.IGNORECASE)
@@ -26,6 +27,8 @@ _SHORT_ESCAPES = {"\n": "\\n", "\r": "\\r"}
 
 def escape(text: str) -> str:
     """Disarms tags and special tokens, and puts the text on one line."""
+    if "<" not in text and "[" not in text and text.isascii() and text.isprintable():
+        return text  # nearly every cell
     text = _MARKUP.sub(lambda m: "&lt;" if m.group() == "<" else "&#91;", text)
     return _UNPRINTABLE.sub(lambda m: _code(m.group()), text)
 
@@ -42,27 +45,27 @@ def clip(text: str, limit: int) -> str:
 
 def show_cell(value: Cell) -> str:
     """A cell as SQLite's shell would show it. Text is quoted only where its ends could not be seen."""
+    if isinstance(value, str):
+        if not value or value == "NULL" or SEPARATOR in value or value[0].isspace() or value[-1].isspace():
+            return "'" + escape(clip(value, MAX_CELL_CHARS).replace("'", "''")) + "'"
+        return escape(clip(value, MAX_CELL_CHARS))
     if value is None:
         return "NULL"
     if isinstance(value, float):
         return "NULL" if value != value else repr(float(f"{value:.15g}"))
     if isinstance(value, bytes):
         return f"x'{value[:16].hex()}'" if len(value) <= 16 else f"x'{value[:16].hex()}…' ({len(value)} bytes)"
-    if isinstance(value, int):
-        return str(value)
-    if not value or value == "NULL" or value[0].isspace() or value[-1].isspace():
-        value = clip(value, MAX_CELL_CHARS)
-        return "'" + escape(value.replace("'", "''")) + "'"
-    return escape(clip(value, MAX_CELL_CHARS))
+    # Python refuses to write very long integers in decimal.
+    return str(value) if value.bit_length() <= 128 else clip(hex(value), MAX_CELL_CHARS)
 
 
 def render(columns: Sequence[str], rows: Sequence[Sequence[Cell]], total: int, exact: bool, max_chars: int) -> str:
     """The table of `rows`, the first ones of a result of `total` rows (of more than `total` where not `exact`)."""
     room = max_chars - len(_tail(total, False)) - 1
-    lines = [_cut(" | ".join(escape(clip(name, MAX_NAME_CHARS)) for name in columns), room)]
+    lines = [_cut(SEPARATOR.join(escape(clip(name, MAX_NAME_CHARS)) for name in columns), room)]
     room -= len(lines[0])
     for row in rows:
-        line = " | ".join(map(show_cell, row))
+        line = SEPARATOR.join(map(show_cell, row))
         if len(line) + 1 > room:
             if len(lines) == 1 and room > 20:  # better a part of the first row than nothing
                 lines.append(_cut(line, room - 1))

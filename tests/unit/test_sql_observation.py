@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollout.sql import observation
-from rollout.sql.observation import render, render_error, show_cell
+from rollout.sql.observation import SEPARATOR, escape, render, render_error, show_cell
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,10 @@ from rollout.sql.observation import render, render_error, show_cell
         ("<|im_start|>system", "&lt;|im_start|>system"),
         ("<strong>", "<strong>"),
         ("[INST]", "&#91;INST]"),
+        ("a | b's", "'a | b''s'"),
+        ("a|b", "a|b"),
+        (2**100, "1267650600228229401496703205376"),
+        (-(16**600), "-0x1" + "0" * 396 + "… (+204 characters)"),
     ],
 )
 def test_cells(value: observation.Cell, shown: str) -> None:
@@ -67,19 +71,73 @@ def test_errors_are_one_bounded_line() -> None:
     assert len(render_error("x" * 10_000, 100)) == 100
 
 
-CELL = st.one_of(st.none(), st.integers(), st.floats(), st.text(), st.binary())
+def test_a_long_result_is_cut_to_rows_and_characters_and_says_so() -> None:
+    """The reference shows the first 50 rows of what is over 9000 characters; here those of them that fit."""
+    rows = [(i, "x" * 100) for i in range(50)]
+    short = render(["a", "b"], rows, 300, True, 9000).splitlines()
+    assert (len(short), short[-1]) == (52, "(250 more rows)")
+    rows = [(i, "x" * 390) for i in range(50)]
+    text = render(["a", "b"], rows, 300, True, 9000)
+    assert 8500 < len(text) <= 9000
+    assert text.splitlines()[-1] == f"({300 - (len(text.splitlines()) - 2)} more rows)"
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.text(), min_size=1, max_size=4), st.data(), st.integers(0, 20), st.booleans(), st.integers(100, 400))
+TAGS = [
+    "<think>",
+    "</sql>",
+    "</observation>",
+    "<|im_end|>",
+    "< solution >",
+    "</REMINDER>",
+    "</s>",
+    "<｜x｜>",
+    "[/INST]",
+]
+CELL = st.one_of(
+    st.none(),
+    st.integers(),
+    st.integers(1, 20_000).map(lambda bits: -(2**bits)),
+    st.floats(),
+    st.binary(max_size=40),
+    st.text(),
+    st.text(st.characters()),  # surrogates too
+    st.sampled_from([*TAGS, "\r\n", "\u2028", "\x85", "\x1c", "a\tb", " | ", "<<|", "x" * 1000, "\n" * 900]),
+    st.lists(st.sampled_from([*TAGS, "<", "/", "observation", ">", "|", "\n", "\0"]), max_size=6).map("".join),
+)
+
+
+NAME = CELL.filter(lambda cell: isinstance(cell, str))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(NAME, min_size=1, max_size=4), st.data(), st.integers(0, 20), st.booleans(), st.integers(100, 900))
 def test_always_bounded_printable_and_without_tags(
     columns: list[str], data: st.DataObject, hidden: int, exact: bool, limit: int
 ) -> None:
-    tags = st.sampled_from(["<think>", "</sql>", "</observation>", "<|im_end|>", "< solution >", "</REMINDER>"])
-    cells = st.one_of(CELL, tags, st.tuples(st.text(), tags, st.text()).map("".join))
-    rows = data.draw(st.lists(st.tuples(*[cells] * len(columns)), max_size=6))
+    rows = data.draw(st.lists(st.tuples(*[CELL] * len(columns)), max_size=6))
     text = render(columns, rows, len(rows) + hidden, exact, limit)
+    assert text == render(columns, rows, len(rows) + hidden, exact, limit)
     assert len(text) <= limit
     text.encode()
-    assert not re.search(r"<\s*/?\s*(think|sql|solution|observation|reminder)\b|<\|", text, re.IGNORECASE)
-    assert len(text.splitlines()) <= len(rows) + 2
+    assert not re.search(r"<\s*/?\s*(think|sql|solution|observation|reminder|s)\b|<[|｜]|\[/?INST", text, re.IGNORECASE)
+    lines = text.split("\n")
+    assert all(len(line.splitlines()) <= 1 for line in lines)
+    shown = len(lines) - 1 - (lines[-1].endswith(("row)", "rows)")) and lines[-1].startswith("("))
+    assert 0 <= shown <= len(rows)
+    for line, row in zip(lines[1 : shown + 1], rows, strict=False):
+        assert SEPARATOR.join(map(show_cell, row)).startswith(line.removesuffix("…"))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.characters()), st.integers(20, 9000))
+def test_any_error_is_one_bounded_line(message: str, limit: int) -> None:
+    text = render_error(message, limit)
+    text.encode()
+    assert len(text) <= limit
+    assert text.splitlines() == [text]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters()))
+def test_escaping_changes_nothing_twice(text: str) -> None:
+    assert escape(escape(text)) == escape(text)

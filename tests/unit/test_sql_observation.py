@@ -76,6 +76,8 @@ def test_a_long_result_is_cut_to_rows_and_characters_and_says_so() -> None:
     rows = [(i, "x" * 100) for i in range(50)]
     short = render(["a", "b"], rows, 300, True, 9000).splitlines()
     assert (len(short), short[-1]) == (52, "(250 more rows)")
+    for limit in range(100, 140):
+        assert limit - 30 < len(render(["a"], [(1,)] * 300, 300, False, limit)) <= limit
     rows = [(i, "x" * 390) for i in range(50)]
     text = render(["a", "b"], rows, 300, True, 9000)
     assert 8500 < len(text) <= 9000

@@ -218,6 +218,9 @@ class BridgeConfig(Section):
     """Times a rollout service that this run started is started again in a row without progress."""
 
 
+Grading = Literal["rows", "bird_set", "spider_test_suite"]
+
+
 class Text2SQLConfig(Section):
     database_root: str = "data/demo/databases"
     """Folder with <db_id>/<db_id>.sqlite, or .duckdb."""
@@ -241,6 +244,27 @@ class Text2SQLConfig(Section):
     """Processes that run queries."""
     malformed_reward: float = Field(0.0, ge=-1, le=0)
     """Reward of an episode without a well-formed answer; the reference's reward scheme uses -1."""
+    require_think: bool = False
+    """An answer is well-formed only with a thought somewhere, one first after each observation, and a single solution."""
+    grading: Grading = "rows"
+    """When an answer is right. rows: the same rows, in order if the gold orders; bird_set, spider_test_suite: as published."""
+    column_permutation: bool = False
+    """With grading rows, accept the gold's columns in another order."""
+    measures: tuple[Grading, ...] = ()
+    """Gradings to report beside the reward, as grade/<name>; of use in evaluation."""
+    test_suite_root: str = ""
+    """Folder with <db_id>/*.sqlite, the several databases of spider_test_suite."""
+    test_suite_keep_distinct: bool = False
+    """Keep DISTINCT in both queries of spider_test_suite; the published script drops it unless told --keep_distinct."""
+
+    @model_validator(mode="after")
+    def _test_suite_has_databases(self) -> Text2SQLConfig:
+        if "spider_test_suite" in (self.grading, *self.measures):
+            if not self.test_suite_root:
+                raise ValueError("spider_test_suite needs test_suite_root, the folder of its databases")
+            if self.engine != "sqlite":
+                raise ValueError("spider_test_suite needs engine sqlite, which its databases are for")
+        return self
 
 
 class EnvironmentConfig(Section):
@@ -277,6 +301,8 @@ class DataConfig(Section):
     """Files of training questions: JSON lines of id, db_id, question, gold_sql, evidence; or SkyRL-SQL's parquet files."""
     val_data: tuple[str, ...] = ("data/demo/heldout.jsonl",)
     """Files of evaluation questions."""
+    bad_gold: Literal["drop", "keep"] = "drop"
+    """drop: training questions whose gold query fails, is empty, volatile, slow or ambiguous are left out and listed."""
     max_val_questions: int = Field(0, ge=0)
     """Evaluate on a seeded sample of this many; 0 on all."""
     demo: DemoConfig = DemoConfig()

@@ -43,7 +43,7 @@ def _allowed(annotation: Any, metadata: list[Any]) -> str:
         )
     if origin is dict:
         return "any names with JSON values"
-    name = "list of " + typing.get_args(annotation)[0].__name__ if origin is tuple else annotation.__name__
+    name = "list of " + _allowed(typing.get_args(annotation)[0], []) if origin is tuple else annotation.__name__
     return f"{name} {_bounds(metadata)}".strip()
 
 

@@ -231,7 +231,7 @@ class Text2SQLConfig(Section):
     prompt_template: str = ""
     """A YAML file with `system` and `user`, texts that hold {schema}, {question}, {evidence}, {turns}; empty: ours."""
     max_schema_tokens: int = Field(5000, ge=50)
-    """Tokens of the schema in a prompt; one that is longer loses samples, descriptions, types, keys, tables, in this order."""
+    """Tokens of the schema in a prompt; one that is longer loses samples, descriptions, types, keys, tables, in turn."""
     timeout: float = Field(5.0, gt=0, le=600)
     """Seconds a query may take: the backup to max_vm_steps."""
     max_vm_steps: int = Field(50_000_000, ge=1000)
@@ -247,7 +247,7 @@ class Text2SQLConfig(Section):
     require_think: bool = False
     """An answer is well-formed only with a thought somewhere, one first after each observation, and a single solution."""
     grading: Grading = "rows"
-    """When an answer is right. rows: the same rows, in order if the gold orders; bird_set, spider_test_suite: as published."""
+    """When an answer is right. rows: the same rows, in order if the gold orders; the others are published measures."""
     column_permutation: bool = False
     """With grading rows, accept the gold's columns in another order."""
     measures: tuple[Grading, ...] = ()

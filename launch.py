@@ -43,13 +43,15 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    questions = [name for name in args.questions or () if "=" not in name]
+    args.settings += [setting for setting in args.questions or () if "=" in setting]  # --questions took them for files
     config = _config(args)
     from sqlrl_jax.evaluate import Request, main
 
     server = _server(args)
     names = ("model", "databases", "samples", "max_questions", "out", "resume", "markdown")
     chosen = {name: getattr(args, name) for name in names}
-    return main(config, Request(**chosen, questions=args.questions or (), turns=args.turns or (), server=server))
+    return main(config, Request(**chosen, questions=questions, turns=args.turns or (), server=server))
 
 
 def _server(args: argparse.Namespace) -> ServerOptions | None:
@@ -213,6 +215,7 @@ def _evaluation_options(evaluate: argparse.ArgumentParser) -> None:
     add(
         "--questions",
         nargs="+",
+        action="extend",
         metavar="FILE",
         help="JSON lines of questions, each file a set (default: data.val_data)",
     )

@@ -251,11 +251,10 @@ def settings_text(done: list[_Done], root: Path) -> str:
 
 def _setting(key: str, value: str | list[Path]) -> str:
     """`key=value` as a shell word that the configuration reads back as it is."""
-    if isinstance(value, str):
-        text = value if yaml.safe_load(value) == value else json.dumps(value)
-    else:
-        names = [str(path) for path in value]
-        text = "[" + ",".join(names) + "]"
-        if yaml.safe_load(text) != names:
-            text = json.dumps(names)
-    return shlex.quote(f"{key}={text}")
+    plain = [str(path) for path in value] if isinstance(value, list) else value
+    text = "[" + ",".join(plain) + "]" if isinstance(plain, list) else plain
+    try:
+        as_it_is = yaml.safe_load(text) == plain
+    except yaml.YAMLError:
+        as_it_is = False
+    return shlex.quote(f"{key}={text if as_it_is else json.dumps(plain)}")

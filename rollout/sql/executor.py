@@ -49,7 +49,8 @@ class Result:
 class Executor:
     """Runs queries against `<database_root>/<db_id>/<db_id>.sqlite`, read-only. Threads may share one.
 
-    A db_id may be a path of plain names: `a/b/shop` is `<database_root>/a/b/shop/shop.sqlite`. `engine` is sqlite or
+    A db_id may be a path of plain names: `a/b/shop` is `<database_root>/a/b/shop/shop.sqlite`, and `a/b/old.sqlite` is
+    that file itself. `engine` is sqlite or
     duckdb, whose files end in `.duckdb`.
     A query may take `max_vm_steps` steps of SQLite's virtual machine and, as a backup, `timeout` CPU seconds; its
     observation has at most `max_rows` rows and `max_observation_chars` characters.
@@ -185,7 +186,8 @@ class Executor:
                 raise InfrastructureError(
                     f"db_id {db_id!r}: expected the plain name of a folder in the database root, or such names with / between"
                 )
-            path = self._root.joinpath(*parts, parts[-1] + self._engine.suffix)
+            named = parts[-1].endswith(self._engine.suffix)
+            path = self._root.joinpath(*parts, *([] if named else [parts[-1] + self._engine.suffix]))
             try:
                 resolved = path.resolve(strict=True)
             except (OSError, UnicodeError) as error:

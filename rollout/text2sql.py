@@ -3,78 +3,39 @@
 The model runs queries and reads what they return until it gives a solution, whose result is compared with the gold
 query's. Executor, gold results and schema texts are shared by all episodes of a process.
 
-Left out: how a query is contained (rollout.sql.executor) and when two results are equal (rollout.sql.grader).
+Left out: how a query is contained (rollout.sql.executor) and when an answer is right (rollout.sql.judge).
 """
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from concurrent.futures import Future
-from typing import Generic, TypeVar
+from pathlib import Path
 
+from rollout.cache import Cache
 from rollout.environment import Environment, StepResult
 from rollout.errors import InfrastructureError
 from rollout.sql import actions, grader, prompt, schema
 from rollout.sql.budget import TokenBudget
 from rollout.sql.executor import Executor, Result
+from rollout.sql.judge import Judge, Suites
 from rollout.sql.observation import escape
 from rollout.types import Message, Task, Turn
-from sqlrl_jax.config import Config
-
-T = TypeVar("T")
+from sqlrl_jax.config import Config, Text2SQLConfig
 
 INVALID_ACTION = (
     "Your previous action is invalid. Follow the format of outputting thinking process and sql tool, and try again."
 )
-CACHED_GOLDS = 20_000
 CACHED_SCHEMAS = 2_000
-
-
-class Cache(Generic[T]):
-    """Computes each key's value once, whichever thread asks first; the others wait for it. Failures are not kept."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._lock = threading.Lock()
-        self._values: OrderedDict[Hashable, Future[T]] = OrderedDict()
-
-    def get(self, key: Hashable, compute: Callable[[], T]) -> T:
-        with self._lock:
-            future = self._values.get(key)
-            mine = future is None
-            if future is None:
-                future = self._values[key] = Future()
-                if len(self._values) > self._size:
-                    self._values.popitem(last=False)
-        if mine:
-            try:
-                future.set_result(compute())
-            except BaseException as error:
-                with self._lock:
-                    self._values.pop(key, None)
-                future.set_exception(error)
-        return future.result()
 
 
 class SharedSQL:
     """The executor and the caches that all text-to-SQL episodes of a process share."""
 
-    def __init__(self, executor: Executor, template: prompt.Template, style: schema.Style, budget: TokenBudget) -> None:
-        self.executor, self.template = executor, template
+    def __init__(
+        self, executor: Executor, judge: Judge, template: prompt.Template, style: schema.Style, budget: TokenBudget
+    ) -> None:
+        self.executor, self.judge, self.template = executor, judge, template
         self._style, self._budget = style, budget
-        self._golds: Cache[Result] = Cache(CACHED_GOLDS)
         self._schemas: Cache[schema.SchemaText] = Cache(CACHED_SCHEMAS)
-
-    def gold(self, task_id: str, db_id: str, sql: str) -> Result:
-        """The gold query's whole result. Raises InfrastructureError naming the task if it has none."""
-        result = self._golds.get((db_id, sql), lambda: self.executor.run(db_id, sql, whole=True))
-        if result.status != "ok":
-            raise InfrastructureError(
-                f"task {task_id}: its gold query on {db_id} failed ({result.error}); repair or drop it"
-            )
-        return result
 
     def schema(self, db_id: str, question: str) -> str:
         """The database's schema text, or what of it the question needs most where it is too long."""
@@ -85,15 +46,16 @@ class SharedSQL:
 
     def close(self) -> None:
         self.executor.close()
+        self.judge.close()
 
 
 class Text2SQL(Environment):
     """Questions over SQLite databases, answered with SQL after looking.
 
-    Task fields: db_id, question, gold_sql; optional evidence, `schema` (text instead of the described one), `prompt`
-    (messages instead of ours) and `max_turns`. The reward is 1.0 for a solution whose result is the gold's, otherwise 0.0;
-    an episode without a usable solution is malformed and gets `malformed_reward`. Whether the model thought before it
-    acted is not looked at: a right answer is right.
+    Task fields: db_id, question, gold_sql; optional `db_root` (the database's folder below the configured root), evidence,
+    `schema` (text instead of the described one), `prompt` (messages instead of ours) and `max_turns`. The reward is 1.0
+    for a solution that is right by `environment.text2sql.grading`, otherwise 0.0; an episode without a usable solution is
+    malformed and gets `malformed_reward`. Whether the model thought before it acted counts only with `require_think`.
     """
 
     shared: SharedSQL
@@ -103,34 +65,37 @@ class Text2SQL(Environment):
         sql = config.environment.text2sql
         template = prompt.choose_template(sql.prompt_template, sql.prompt_style, sql.engine)
         budget = TokenBudget(sql.max_schema_tokens, config.trainer.policy.model.path)
-        executor = Executor(
-            sql.database_root,
-            timeout=sql.timeout,
-            workers=sql.workers,
-            max_vm_steps=sql.max_vm_steps,
-            max_rows=sql.max_rows,
-            max_observation_chars=sql.max_observation_chars,
-        )
-        return SharedSQL(executor, template, sql.prompt_style, budget)
+        executor = open_executor(sql, sql.database_root)
+        suites = None
+        if "spider_test_suite" in (sql.grading, *sql.measures):
+            root = sql.test_suite_root
+            suites = Suites(Path(root), open_executor(sql, root), sql.test_suite_keep_distinct)
+        judge = Judge(executor, sql.grading, sql.measures, sql.column_permutation, suites)
+        return SharedSQL(executor, judge, template, sql.prompt_style, budget)
 
     def reset(self, task: Task) -> list[Message]:
         self._task = task
-        self._db_id, self._gold_sql = _text(task, "db_id"), _text(task, "gold_sql")
+        self._database, self._gold_sql = database_of(task), _text(task, "gold_sql")
         self._max_turns = int(task.fields.get("max_turns") or self.config.generator.max_turns)
         self._metrics: dict[str, float] = {"sql/queries": 0.0, "sql/seconds": 0.0}
+        self._metrics |= {f"grade/{name}": 0.0 for name in self.shared.judge.measures}
+        self._thought, self._thoughtless = False, False
         if task.fields.get("prompt"):
             return _messages(task)
         question, evidence = _text(task, "question"), task.fields.get("evidence") or ""
-        text = task.fields.get("schema") or self.shared.schema(self._db_id, f"{question}\n{evidence}")
+        text = task.fields.get("schema") or self.shared.schema(self._database, f"{question}\n{evidence}")
         return self.shared.template.messages(text, question, evidence, self._max_turns)
 
     def step(self, action: str, turn: int) -> StepResult:
         request = actions.parse(action)
+        form = actions.form(action)
+        self._thought = self._thought or form.thought
+        self._thoughtless = self._thoughtless or (turn > 1 and not form.thought_first)
         record = Turn(action=action, sql=request.sql, status="invalid")
         if request.answered or turn >= self._max_turns:
-            return self._end(request, record)
+            return self._end(request, record, form.solutions)
         if request.kind == "sql":
-            result = self.shared.executor.run(self._db_id, request.sql)
+            result = self.shared.executor.run(self._database, request.sql)
             self._count(result)
             record.status, text = result.status, result.observation
         else:
@@ -146,29 +111,64 @@ class Text2SQL(Environment):
         reward = self.config.environment.text2sql.malformed_reward
         return StepResult(reward=reward, done=True, outcome="malformed", metrics=dict(self._metrics))
 
-    def _end(self, request: actions.Action, record: Turn) -> StepResult:
-        if request.kind != "solution":
+    def _end(self, request: actions.Action, record: Turn, solutions: int) -> StepResult:
+        thoughtful = self._thought and not self._thoughtless and solutions == 1
+        well_formed = thoughtful or not self.config.environment.text2sql.require_think
+        if request.kind != "solution" or not well_formed:
             record.status = "unused" if request.kind == "sql" else "invalid"
             step = self.finish()
             step.turn = record
             return step
         record.status = "solution"
-        predicted = self.shared.executor.run(self._db_id, request.sql, whole=True)
+        predicted = self.shared.executor.run(self._database, request.sql, whole=True)
         self._count(predicted)
-        if predicted.status == "ok":
-            gold = self.shared.gold(self._task.id, self._db_id, self._gold_sql)
-            outcome = "correct" if grader.correct(predicted, gold, self._gold_sql) else "wrong"
-        else:
-            outcome = "timeout" if predicted.status == "timeout" else "sql_error"
+        record.answer = grader.fingerprint(predicted)
+        if predicted.status != "ok":
             record.observation = escape(predicted.error)
+        outcome = self._outcome(request.sql, predicted)
         reward = 1.0 if outcome == "correct" else 0.0
         return StepResult(reward=reward, done=True, outcome=outcome, turn=record, metrics=dict(self._metrics))
+
+    def _outcome(self, sql: str, predicted: Result) -> str:
+        """How the episode ended; notes what every measure says."""
+        judge = self.shared.judge
+        verdicts = judge.verdicts(self._task.id, self._database, sql, predicted, self._gold_sql)
+        for name in judge.measures:
+            if name in verdicts:
+                self._metrics[f"grade/{name}"] = float(verdicts[name])
+            else:
+                del self._metrics[f"grade/{name}"]
+        if verdicts[judge.grading]:
+            return "correct"
+        return {"ok": "wrong", "timeout": "timeout"}.get(predicted.status, "sql_error")
 
     def _count(self, result: Result) -> None:
         name = f"sql/{result.status}"
         self._metrics["sql/queries"] += 1
         self._metrics["sql/seconds"] += result.seconds
         self._metrics[name] = self._metrics.get(name, 0.0) + 1
+
+
+def open_executor(sql: Text2SQLConfig, root: str) -> Executor:
+    """The configured executor over a folder of databases."""
+    return Executor(
+        root,
+        timeout=sql.timeout,
+        workers=sql.workers,
+        max_vm_steps=sql.max_vm_steps,
+        max_rows=sql.max_rows,
+        max_observation_chars=sql.max_observation_chars,
+        engine=sql.engine,
+    )
+
+
+def database_of(task: Task) -> str:
+    """A task's database as the executor knows it: `<db_root>/<db_id>`. Raises InfrastructureError naming the field."""
+    root = task.fields.get("db_root") or ""
+    if not isinstance(root, str):
+        raise InfrastructureError(f"task {task.id}: field db_root: expected text, found {root!r}")
+    db_id = _text(task, "db_id")
+    return f"{root.strip('/')}/{db_id}" if root else db_id
 
 
 def _text(task: Task, name: str) -> str:

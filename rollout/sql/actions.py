@@ -27,6 +27,27 @@ class Action:
     forged: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a turn is built, for those who ask for more than an answer.
+
+    `thought`: it holds a closed thought; `thought_first`: it begins with one. `solutions`: tags outside of thoughts.
+    """
+
+    thought: bool
+    thought_first: bool
+    solutions: int
+
+
+def form(text: str) -> Form:
+    """Thoughts and solutions of a turn. Any text is accepted, in linear time."""
+    start = text.find("<think>")
+    thought = start >= 0 and text.find("</think>", start) >= 0
+    spoken = without_thoughts(text)
+    solutions = max(spoken.count("<solution>"), spoken.count("</solution>"))
+    return Form(thought, thought and not text[:start].strip(), solutions)
+
+
 def parse(text: str) -> Action:
     """The last complete `<solution>` if there is one, otherwise the last complete `<sql>`, outside of closed thoughts."""
     spoken = without_thoughts(text)

@@ -1,0 +1,109 @@
+"""Verdicts on predictions: runs the gold queries, once each, and grades by what the settings ask for.
+
+Left out: when two results are equal (rollout.sql.grader), and what a verdict is worth (rollout.text2sql).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rollout.cache import Cache
+from rollout.errors import InfrastructureError
+from rollout.sql import grader
+from rollout.sql.executor import Executor, Result
+from rollout.sql.grader import Grading
+
+CACHED_GOLDS = 20_000
+CACHED_SUITES = 2_000
+SUITE_BATCH = 8  # databases of a suite that a prediction runs on before the next look
+
+
+class Suites:
+    """The test suites: for each db_id the databases `<root>/<db_id>/*.sqlite`, and the gold's results on them."""
+
+    def __init__(self, root: Path, executor: Executor, keep_distinct: bool) -> None:
+        self._root, self._executor, self._keep_distinct = root, executor, keep_distinct
+        self._files: Cache[list[str]] = Cache(CACHED_SUITES)
+        self._golds: Cache[list[Result]] = Cache(CACHED_SUITES)
+
+    def covers(self, db_id: str) -> bool:
+        """Whether there is a suite for a db_id."""
+        return bool(self._databases(db_id))
+
+    def agrees(self, task_id: str, db_id: str, predicted_sql: str, gold_sql: str) -> bool:
+        """Whether the prediction agrees with the gold on every database. Raises InfrastructureError if the gold fails."""
+        databases = self._databases(db_id)
+        if not databases:
+            raise InfrastructureError(
+                f"task {task_id}: no databases in {self._root / db_id} (environment.text2sql.test_suite_root); "
+                "the suite's folder for each db_id holds several .sqlite files"
+            )
+        golds = self._golds.get((db_id, gold_sql), lambda: self._run(databases, gold_sql))
+        for name, gold in zip(databases, golds, strict=True):
+            if gold.status != "ok":
+                raise InfrastructureError(
+                    f"task {task_id}: its gold query failed on {name} of the test suite ({gold.error})"
+                )
+        for start in range(0, len(databases), SUITE_BATCH):
+            predicted = self._run(databases[start : start + SUITE_BATCH], predicted_sql)
+            pairs = zip(predicted, golds[start : start + SUITE_BATCH], strict=True)
+            if not all(grader.correct(p, g, gold_sql, "spider_test_suite") for p, g in pairs):
+                return False
+        return True
+
+    def close(self) -> None:
+        self._executor.close()
+
+    def _databases(self, db_id: str) -> list[str]:
+        return self._files.get(db_id, lambda: sorted(f"{db_id}/{p.name}" for p in self._root.glob(f"{db_id}/*.sqlite")))
+
+    def _run(self, databases: list[str], sql: str) -> list[Result]:
+        sql = grader.prepared(sql, self._keep_distinct)
+        return self._executor.run_many([(name, sql) for name in databases], whole=True)
+
+
+class Judge:
+    """Grades by `grading` and reports `measures` beside it. Threads may share one."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        grading: Grading = "rows",
+        measures: tuple[Grading, ...] = (),
+        column_permutation: bool = False,
+        suites: Suites | None = None,
+    ) -> None:
+        self._executor, self._suites = executor, suites
+        self.grading, self.measures, self._column_permutation = grading, measures, column_permutation
+        self._golds: Cache[Result] = Cache(CACHED_GOLDS)
+
+    def gold(self, task_id: str, database: str, sql: str) -> Result:
+        """The gold query's whole result. Raises InfrastructureError naming the task if it has none."""
+        result = self._golds.get((database, sql), lambda: self._executor.run(database, sql, whole=True))
+        if result.status != "ok":
+            raise InfrastructureError(
+                f"task {task_id}: its gold query on {database} failed ({result.error}); repair or drop it"
+            )
+        return result
+
+    def verdicts(
+        self, task_id: str, database: str, predicted_sql: str, predicted: Result, gold_sql: str
+    ) -> dict[Grading, bool]:
+        """Right or wrong by the grading and every measure. A measure whose test suite lacks the database is left out.
+
+        `predicted` is the whole result of `predicted_sql` on `database`, whose last name is the db_id of its suite.
+        """
+        found: dict[Grading, bool] = {}
+        db_id = database.rpartition("/")[2]
+        for grading in dict.fromkeys((self.grading, *self.measures)):
+            if grading != "spider_test_suite":
+                found[grading] = predicted.status == "ok" and grader.correct(
+                    predicted, self.gold(task_id, database, gold_sql), gold_sql, grading, self._column_permutation
+                )
+            elif self._suites is not None and (grading == self.grading or self._suites.covers(db_id)):
+                found[grading] = self._suites.agrees(task_id, db_id, predicted_sql, gold_sql)
+        return found
+
+    def close(self) -> None:
+        if self._suites is not None:
+            self._suites.close()

@@ -125,10 +125,10 @@ def _show_config(args: argparse.Namespace) -> int:
 def _prepare(args: argparse.Namespace) -> int:
     from sqlrl_jax.data.prepare import Request, main
 
-    given = {name: value or "" for name, value in vars(args).items() if name not in ("verb", "what")}
+    given = {name: value for name, value in vars(args).items() if name not in ("verb", "what")}
     sets = tuple(word for word in args.what if "=" not in word)
     settings = tuple(word for word in args.what if "=" in word)
-    return main(Request(sets=sets, settings=settings, **given))
+    return main(Request(sets=sets, settings=settings, **{**given, "null": tuple(args.null)}))
 
 
 def _config(args: argparse.Namespace) -> Config:
@@ -163,7 +163,7 @@ def _limits(text: str) -> list[int]:
 
 PREPARE = """\
 usage: launch.py prepare SET [SET …] --data DIR --out DIR [--download] [--skip-bad] [--sample N]
-       launch.py prepare own --databases FILE_OR_DIR --questions FILE --out DIR
+       launch.py prepare own --databases FILE_OR_DIR --questions FILE --out DIR [--valid SHARE]
        launch.py prepare --check --questions FILE [--databases DIR] [--out FILE] [--config FILE] [key=value …]
        launch.py prepare --list"""
 
@@ -173,18 +173,22 @@ def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", nargs="*", metavar="SET", help="sets by name (see --list), or `own`")
     parser.add_argument("--list", action="store_true", help="show the sets")
     sets = parser.add_argument_group("public sets, in the layout of OmniSQL's data.zip")
-    sets.add_argument("--data", help="folder that holds spider/, bird/, …, or the data/ they are in")
+    sets.add_argument("--data", default="", help="folder that holds spider/, bird/, …, or the data/ they are in")
     sets.add_argument(
         "--download", action="store_true", help="fetch what is missing into --data first (22.2 GB packed)"
     )
     sets.add_argument("--skip-bad", action="store_true", help="leave bad rows out instead of refusing the set")
     sets.add_argument("--sample", type=_positive, default=0, help="keep this many questions of each set, drawn evenly")
-    own = parser.add_argument_group("your own databases, and checking gold queries")
-    own.add_argument("--databases", help="own: a SQLite file, or a folder of SQLite or CSV files; --check: the root")
-    own.add_argument("--questions", help="own: CSV or JSON lines of question and SQL; --check: the prepared file")
-    own.add_argument("--out", help="folder to write, also for sets; --check: file for the good questions")
-    own.add_argument("--check", action="store_true", help="run every gold query and list those that cannot be graded")
-    own.add_argument("--config", help="--check: YAML file of settings, which key=value pairs override")
+    own = parser.add_argument_group("your own databases")
+    own.add_argument("--databases", default="", help="a SQLite file, or a folder of SQLite or CSV files; --check: root")
+    own.add_argument("--questions", default="", help="CSV or JSON lines of question and SQL; --check: prepared file")
+    own.add_argument("--out", default="", help="folder to write, also for sets; --check: file of the good questions")
+    own.add_argument("--valid", type=float, metavar="SHARE", help="part of the questions kept for validation (0.2)")
+    own.add_argument("--encoding", default="", help="of CSV files that are neither UTF-8 nor UTF-16")
+    own.add_argument("--null", action="append", default=[], metavar="TEXT", help="text in CSV files that means NULL")
+    check = parser.add_argument_group("checking gold queries")
+    check.add_argument("--check", action="store_true", help="run every gold query, list those that cannot be graded")
+    check.add_argument("--config", default="", help="YAML file of settings, which key=value pairs override")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -26,6 +26,8 @@ from sqlrl_jax.data.sources import GROUPS, SOURCES, Source, resolve, root_of
 from sqlrl_jax.data.tasks import DataError, write_tasks
 
 SAMPLE_SEED = 0
+OWN = ("valid", "encoding", "null")
+"""Options of `own` alone."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,9 @@ class Request:
     download: bool = False
     skip_bad: bool = False
     sample: int = 0
+    valid: float | None = None
+    encoding: str = ""
+    null: tuple[str, ...] = ()
     check: bool = False
     list: bool = False
 
@@ -49,7 +54,7 @@ class Request:
 def main(request: Request) -> int:
     """Does one of: list the sets, check gold queries, prepare own data, prepare sets. Raises UserError, one sentence."""
     if request.list:
-        _refuse(request, "--list shows the sets", ("sets", "data", "out", "questions", "databases", "check"))
+        _refuse(request, "--list shows the sets", ("sets", "data", "out", "questions", "databases", "check", *OWN))
         Console(highlight=False).print(table())
         return 0
     if request.check:
@@ -80,7 +85,7 @@ def table() -> Table:
 def _refuse(request: Request, what: str, names: Iterable[str]) -> None:
     """Raises UserError when an option was given that the chosen action does not take."""
     for name in names:
-        if getattr(request, name):
+        if getattr(request, name) not in (None, "", 0, False, ()):
             given = f"set {request.sets[0]!r}" if name == "sets" else "--" + name.replace("_", "-")
             raise UserError(f"prepare: {what} and does not go with {given}")
 
@@ -118,7 +123,23 @@ def _own(request: Request) -> int:
     )
     from sqlrl_jax.data.own import prepare_own
 
-    prepare_own(Path(request.databases), Path(request.questions), Path(request.out))
+    with bars() as progress:
+        done = prepare_own(
+            request.databases,
+            request.questions,
+            request.out,
+            valid=0.2 if request.valid is None else request.valid,
+            encoding=request.encoding or None,
+            nulls=request.null,
+            progress=progress,
+        )
+    console = Console(highlight=False, soft_wrap=True)
+    found = f"{counted(done.questions, 'question')} over {counted(len(done.databases), 'database')}"
+    console.print(f"{done.out}: {found}, {done.train:,} for training, {done.validation:,} for validation", markup=False)
+    for note in done.notes:
+        console.print(f"  note: {note}", style="yellow", markup=False)
+    words = [shlex.quote(f"{key}={value}") for key, value in done.settings.items()]
+    console.print(settings_text(words, train=True), markup=False)
     return 0
 
 
@@ -133,7 +154,7 @@ class _Done:
 
 
 def _sets(request: Request) -> int:
-    _refuse(request, "a public set is found below --data", ("questions", "databases"))
+    _refuse(request, "a public set is found below --data", ("questions", "databases", *OWN))
     _need(request, "a set", data="folder of the OmniSQL data", out="folder to write")
     sources = resolve(request.sets)
     data, out = Path(request.data), Path(request.out)
@@ -153,7 +174,16 @@ def _sets(request: Request) -> int:
             done.append(_write(source, files[source.name], root, out, request, progress))
     for one in done:
         _tell(one, console)
-    console.print(settings_text(done, root), markup=False)
+    words = [
+        _setting(key, files)
+        for key, files in (
+            ("data.train_data", [one.file for one in done if one.source.split == "train"]),
+            ("data.val_data", [one.file for one in done if one.source.split != "train"]),
+        )
+        if files
+    ]
+    words.append(_setting("environment.text2sql.database_root", str(root)))
+    console.print(settings_text(words, train=any(one.source.split == "train" for one in done)), markup=False)
     return 0
 
 
@@ -236,17 +266,12 @@ def _tell(done: _Done, console: Console) -> None:
         console.print(f"  note: {note}", style="yellow", markup=False)
 
 
-def settings_text(done: list[_Done], root: Path) -> str:
-    """What to add to a command to train or evaluate on the files."""
-    train = [one.file for one in done if one.source.split == "train"]
-    held_out = [one.file for one in done if one.source.split != "train"]
-    where = _setting("environment.text2sql.database_root", str(root))
-    tokens = [_setting(key, files) for key, files in (("data.train_data", train), ("data.val_data", held_out)) if files]
+def settings_text(words: list[str], train: bool) -> str:
+    """What to add to a command to train or evaluate on the files; `words` are settings, quoted for a shell."""
     text = "\nSettings for them (relative paths are relative to the folder the command runs in):\n\n"
-    text += " \\\n".join(f"  {token}" for token in (*tokens, where))
-    verb = "" if train else "eval "
-    model = "trainer.policy.model.path=MODEL" if train else "--model MODEL"
-    return text + f"\n\nfor example: python launch.py {verb}--config FILE.yaml {model} {' '.join((*tokens, where))}"
+    text += " \\\n".join(f"  {word}" for word in words)
+    verb, model = ("", "trainer.policy.model.path=MODEL") if train else ("eval ", "--model MODEL")
+    return text + f"\n\nfor example: python launch.py {verb}--config FILE.yaml {model} {' '.join(words)}"
 
 
 def _setting(key: str, value: str | list[Path]) -> str:

@@ -313,6 +313,19 @@ def test_options_that_do_not_fit(arguments: str, said: str, capfd: Any) -> None:
     assert error.count("\n") == 1
 
 
+def test_own(root: Path, tmp_path: Path, capfd: Any) -> None:
+    questions, out = tmp_path / "q.csv", tmp_path / "my out"
+    questions.write_text("question,sql\n" + "".join(f"How many over {n}?,{COUNT} WHERE age > {n}\n" for n in range(9)))
+    database = root / "spider/database/pets_1/pets_1.sqlite"
+    code, text, _ = run(capfd, "own", "--databases", database, "--questions", questions, "--out", out, "--valid", 0.4)
+    assert code == 0
+    assert "9 questions over 1 database, 5 for training, 4 for validation" in text
+    words = shlex.split(text.partition("for example: ")[2])[4:]
+    config = load(None, [word for word in words if "model" not in word])
+    assert len(read_tasks(config.data.train_data[0])) == 5
+    assert (Path(config.environment.text2sql.database_root) / "pets_1/pets_1.sqlite").is_file()
+
+
 def test_list(capfd: Any) -> None:
     code, out, _ = run(capfd, "--list")
     assert code == 0

@@ -4,20 +4,20 @@ A query may read the opened database and ask for its schema; everything else is 
 its work is a count of SQLite's VM steps, which is the same on a busy machine and on an idle one; the backup is the CPU
 time of the worker. `random()` and 'now' are fixed, so that the same query gives the same rows every time.
 
-Left out: a process sandbox (no new privileges, landlock). The limits here are SQLite's and the kernel's rlimits.
+Left out: the walls around the whole process, which are rollout.sql.sandbox.
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import math
+import re
 import resource
 import sqlite3
 import time
-from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
-NOW = "2025-01-01 00:00:00"  # what 'now' and CURRENT_TIMESTAMP are
+from rollout.sql import clock
 
 MAX_CELL_BYTES = 4_000_000
 MAX_SQL_BYTES = 100_000
@@ -48,8 +48,12 @@ SCHEMA_PRAGMAS |= {"index_list", "index_info", "index_xinfo"}
 SILENT_PRAGMAS = {"data_version", "page_size"}
 SQLITE_TABLES = {"sqlite_master", "sqlite_schema", "sqlite_temp_master", "sqlite_temp_schema", "sqlite_sequence"}
 SQLITE_TABLES |= {"sqlite_stat1", "sqlite_stat4"}
-# sqlite_stmt would show the gold query, dbpage and dbstat the file; the others run SQL or touch the disk.
-DENIED_TABLES = {"dbstat", "bytecode", "tables_used", "fsdir", "completion"}
+# Virtual tables that a database may hold, and those that need no declaration. Any other module is refused: sqlite_stmt
+# would show the gold query, dbstat the file; modules that someone's SQLite has besides may run SQL or touch the disk.
+STORED_MODULES = {"fts3", "fts4", "fts5", "fts4aux", "fts5vocab", "rtree", "rtree_i32", "geopoly"}
+FREE_MODULES = {"json_each", "json_tree", "generate_series"}
+# Modules of common builds, for a SQLite that can't list its own.
+OTHER_MODULES = {"dbstat", "bytecode", "tables_used", "fsdir", "completion", "csv", "zipfile"}
 DENIED_FUNCTIONS = {
     "load_extension",
     "fts3_tokenizer",
@@ -61,8 +65,26 @@ DENIED_FUNCTIONS = {
     "sqlite_log",
 }
 
-CLOCK_FUNCTIONS = ("date", "time", "datetime", "julianday", "unixepoch", "strftime", "timediff")
-CLOCK_KEYWORDS = {"current_timestamp": NOW, "current_date": NOW[:10], "current_time": NOW[11:]}
+# What EXPLAIN gives. It shows addresses in memory, which differ from worker to worker; EXPLAIN QUERY PLAN doesn't.
+PROGRAM_COLUMNS = ("addr", "opcode", "p1", "p2", "p3", "p4", "p5", "comment")
+
+_NAME = r"""(?:"(?:[^"]|"")*"|'(?:[^']|'')*'|`(?:[^`]|``)*`|\[[^\]]*\]|[^\s"'`\[(;.]+)"""
+_PLAIN = re.compile(r"CREATE (?:TABLE|VIEW|TRIGGER|(?:UNIQUE )?INDEX)\b", re.IGNORECASE)
+_MODULE = re.compile(rf"CREATE VIRTUAL TABLE\s*{_NAME}(?:\s*\.\s*{_NAME})?\s*USING\s+[\"'`\[]?(\w+)", re.IGNORECASE)
+
+
+class _Tables(NamedTuple):
+    """Names of a database in lower case: its own tables and views, and what may not be read."""
+
+    own: frozenset[str]
+    denied: frozenset[str]
+
+    def readable(self, table: str) -> bool:
+        if table.startswith("sqlite_"):
+            return table in SQLITE_TABLES
+        if table.startswith("pragma_") and table not in self.own:  # one of its own hides SQLite's
+            return table[7:] in SCHEMA_PRAGMAS
+        return table not in self.denied
 
 
 class Guard:
@@ -71,8 +93,8 @@ class Guard:
     def __init__(self, max_vm_steps: int, cpu_seconds: float) -> None:
         self._max_vm_steps, self._cpu_seconds = max_vm_steps, cpu_seconds
         self._interval = min(PROGRESS_INTERVAL, max_vm_steps)
-        self._clock = sqlite3.connect(":memory:", isolation_level=None)
-        self._clock_value = functools.lru_cache(maxsize=4096, typed=True)(self._ask_clock)
+        self._ask = sqlite3.connect(":memory:", isolation_level=None)
+        self._modules = OTHER_MODULES | {name for (name,) in self._ask.execute("SELECT name FROM pragma_module_list")}
         self.arm()
 
     def arm(self) -> None:
@@ -95,9 +117,19 @@ class Guard:
         connection.execute("PRAGMA cell_size_check = ON")
         for category, value in LIMITS.items():
             connection.setlimit(category, value)
-        self._fix_time_and_dice(connection)
+        if not clock.stands_still(connection):
+            clock.replace_functions(connection, self._ask)
+        connection.create_function("random", 0, self._random)
+        connection.create_function("randomblob", 1, self._randomblob)
+        tables = self._tables(connection)
         connection.set_progress_handler(self._progress, self._interval)
-        connection.set_authorizer(self._authorize)
+        connection.set_authorizer(lambda *asked: self._authorize(tables, *asked))
+
+    def check_columns(self, columns: tuple[str, ...]) -> None:
+        """Refuses EXPLAIN, which no rule sees before it runs. Raises sqlite3.DatabaseError."""
+        if columns == PROGRAM_COLUMNS:
+            self.denied = "EXPLAIN (use EXPLAIN QUERY PLAN)"
+            raise sqlite3.DatabaseError(self.denied)
 
     def spend(self) -> bool:
         """Whether the CPU budget is used up; for loops that run outside of SQLite."""
@@ -109,22 +141,41 @@ class Guard:
         self.exhausted = self._steps >= self._max_vm_steps
         return self.spend()
 
-    def _authorize(self, action: int, first: str | None, second: str | None, _db: str | None, _by: str | None) -> int:
-        refused = _refusal(action, first, second)
+    def _authorize(
+        self, tables: _Tables, action: int, first: str | None, second: str | None, _db: object, _by: object
+    ) -> int:
+        if action == sqlite3.SQLITE_READ:
+            refused = "" if tables.readable((first or "").lower()) else f"table {first}"
+        else:
+            refused = _refusal(action, first, second)
         if not refused:
             return sqlite3.SQLITE_OK
         self.denied = self.denied or refused
         return sqlite3.SQLITE_DENY
 
-    def _fix_time_and_dice(self, connection: sqlite3.Connection) -> None:
-        known = {name for (name,) in self._clock.execute("SELECT DISTINCT name FROM pragma_function_list")}
-        for name in CLOCK_FUNCTIONS:
-            if name in known:
-                connection.create_function(name, -1, self._clock_function(name), deterministic=True)
-        for name, value in CLOCK_KEYWORDS.items():
-            connection.create_function(name, 0, _constant(value), deterministic=True)
-        connection.create_function("random", 0, self._random)
-        connection.create_function("randomblob", 1, self._randomblob)
+    def _tables(self, connection: sqlite3.Connection) -> _Tables:
+        """What the names of a database stand for.
+
+        A table of the database hides a module of the same name. The virtual tables that are allowed are touched here,
+        before the rules hold: R-trees prepare their INSERT when they are first used.
+        """
+        connection.text_factory = lambda data: data.decode("utf-8", "replace")
+        stored = connection.execute(
+            "SELECT name, sql FROM sqlite_master WHERE typeof(name) = 'text' AND typeof(sql) = 'text'"
+        ).fetchall()
+        connection.text_factory = str
+        denied = {name.lower() for name in self._modules - FREE_MODULES}
+        own = {name.lower() for name, _ in stored}
+        denied -= own
+        for name, sql in stored:
+            if _PLAIN.match(sql):
+                continue
+            module = _MODULE.match(sql)
+            if module is None or module[1].lower() not in STORED_MODULES:
+                denied.add(name.lower())
+            else:
+                _touch(connection, name)
+        return _Tables(frozenset(own), frozenset(denied))
 
     def _random(self) -> int:
         self._dice = (self._dice * 6364136223846793005 + 1442695040888963407) % 2**64  # Knuth's MMIX generator
@@ -136,41 +187,18 @@ class Guard:
             raise ValueError("string or blob too big")
         return (self._random() + 2**63).to_bytes(8, "little") * (length // 8) + b"\x5a" * (length % 8)
 
-    def _clock_function(self, name: str) -> Callable[..., Any]:
-        return lambda *arguments: self._at_now(name, *arguments)
 
-    def _at_now(self, name: str, *arguments: object) -> object:
-        values = arguments[1:] if name == "strftime" else arguments
-        if not values and (arguments or name not in ("strftime", "timediff")):
-            return self._clock_value(name, (*arguments, NOW))
-        fixed = tuple(NOW if _is_now(value) else value for value in values)
-        return self._clock_value(name, (*arguments[: len(arguments) - len(values)], *fixed))
-
-    def _ask_clock(self, name: str, arguments: tuple[object, ...]) -> object:
-        marks = ",".join("?" * len(arguments))
-        return self._clock.execute(f"SELECT {name}({marks})", arguments).fetchone()[0]
-
-
-def _constant(value: str) -> Callable[[], str]:
-    return lambda: value
-
-
-def _is_now(value: object) -> bool:
-    """As SQLite sees it: text up to the first NUL, in any case; a blob is read as text."""
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
-    return isinstance(value, str) and len(value) < 100 and value.split("\0")[0].lower() == "now"
+def _touch(connection: sqlite3.Connection, table: str) -> None:
+    """Lets a virtual table prepare what it needs. One that can't be used says so when a query uses it."""
+    quoted = table.replace('"', '""')
+    with contextlib.suppress(sqlite3.Error, UnicodeError):
+        connection.execute(f'SELECT 1 FROM "{quoted}" LIMIT 0')
 
 
 def _refusal(action: int, first: str | None, second: str | None) -> str:
     """What is refused, for the error message; empty when it is allowed."""
     if action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_RECURSIVE):
         return ""
-    if action == sqlite3.SQLITE_READ:
-        table = (first or "").lower()
-        sqlite_own = table.startswith("sqlite_") and table not in SQLITE_TABLES
-        pragma = table.startswith("pragma_") and table[7:] not in SCHEMA_PRAGMAS
-        return f"table {first}" if sqlite_own or pragma or table in DENIED_TABLES else ""
     if action == sqlite3.SQLITE_FUNCTION:
         name = (second or "").lower()
         return f"function {second}" if name in DENIED_FUNCTIONS or name.startswith("sqlite_compile") else ""
@@ -193,10 +221,11 @@ def limit_cpu(seconds: float) -> None:
 
 
 def limit_process() -> None:
-    """Limits of the whole worker: no file may grow, no core dumps, bounded memory. Works without privileges."""
+    """Limits of the whole worker: no file may grow, no core dumps, bounded memory, a clock that stands still."""
     _lower(resource.RLIMIT_FSIZE, 0)
     _lower(resource.RLIMIT_CORE, 0)
     _lower(resource.RLIMIT_AS, ADDRESS_SPACE_BYTES)
+    clock.stop()
     with sqlite3.connect(":memory:") as connection:
         connection.execute(f"PRAGMA hard_heap_limit = {HEAP_BYTES}")
     connection.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections import OrderedDict
+from stat import S_ISREG
 from typing import NamedTuple
 
 from rollout.sql import guard, observation
@@ -40,20 +41,13 @@ class SQLiteEngine:
         self._guard = guard.Guard(max_vm_steps, timeout)
         self._max_rows, self._max_chars = max_rows, max_chars
         self._open: OrderedDict[str, tuple[sqlite3.Connection, tuple[int, ...]]] = OrderedDict()
+        self._sound: dict[str, tuple[int, ...]] = {}
 
     def run(self, path: str, uri: str, sql: str, whole: bool) -> Reply:
         """Runs one query; never raises for what a query does."""
+        self._guard.arm()  # opening a database is work as well, and must not be charged to the query before
         try:
-            connection = self._connection(path, uri)
-            self._guard.arm()
-            try:
-                fetched = self._fetch(connection, sql, whole)
-            except sqlite3.OperationalError as error:
-                if not str(error).startswith("Could not decode to UTF-8"):
-                    raise
-                connection.text_factory = _decode  # slower, hence only for databases that need it
-                self._guard.arm()
-                fetched = self._fetch(connection, sql, whole)
+            fetched = self._query_with_room(path, uri, sql, whole)
         except BrokenDatabase as error:
             return self._reply("broken", error=str(error))
         except TooLarge:
@@ -68,12 +62,35 @@ class SQLiteEngine:
             return self._reply("timeout")
         return self._reply("ok", fetched)
 
+    def _query_with_room(self, path: str, uri: str, sql: str, whole: bool) -> Fetched:
+        try:
+            return self._query(path, uri, sql, whole)
+        except MemoryError:
+            failed = list(self._open)
+        for other in failed:  # all share the memory, and the verdict must not depend on which are open
+            self._forget(other)
+        return self._query(path, uri, sql, whole)
+
+    def _query(self, path: str, uri: str, sql: str, whole: bool) -> Fetched:
+        connection = self._connection(path, uri)
+        self._guard.arm()
+        try:
+            return self._fetch(connection, sql, whole)
+        except sqlite3.OperationalError as error:
+            if not str(error).startswith("Could not decode to UTF-8"):
+                raise
+        connection.text_factory = _decode  # slower, hence only for databases that need it
+        self._guard.arm()
+        return self._fetch(connection, sql, whole)
+
     def _connection(self, path: str, uri: str) -> sqlite3.Connection:
         try:
             stat = os.stat(path)
         except OSError as error:
             self._forget(path)
             raise BrokenDatabase(f"database {path}: {error.strerror}") from None
+        if not S_ISREG(stat.st_mode):
+            raise BrokenDatabase(f"database {path} is not a plain file")  # opening a named pipe would never end
         stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         known = self._open.get(path)
         if known is not None and known[1] == stamp:
@@ -99,6 +116,7 @@ class SQLiteEngine:
             if cursor.description is None:
                 raise ValueError("the statement returns no columns; write one SELECT")
             columns = tuple(column[0] for column in cursor.description)
+            self._guard.check_columns(columns)
             return self._fetch_whole(cursor, columns) if whole else self._fetch_shown(cursor, columns)
         finally:
             cursor.close()
@@ -133,14 +151,26 @@ class SQLiteEngine:
         message = str(error)
         code = getattr(error, "sqlite_errorcode", None)
         if code is not None and code & 0xFF in FILE_ERRORS:
-            self._forget(path)
-            guard.limit_cpu(CHECK_SECONDS)
-            damage = _damage(uri)
+            damage = self._damage(path, uri)
             if damage:
                 return self._reply("broken", error=f"database {path} can't be read: {damage}")
-        if isinstance(error, UnicodeError):
+        if isinstance(error, UnicodeEncodeError):
             message = "the statement is not valid Unicode text"
+        elif isinstance(error, UnicodeDecodeError):
+            message = "a name in the database is not valid Unicode text"
         return self._reply("error", error=message.replace(path, "the database"))
+
+    def _damage(self, path: str, uri: str) -> str:
+        """What is wrong with a database; empty when only the query was at fault. Looks once at every content."""
+        stamp = self._open[path][1] if path in self._open else None
+        self._forget(path)
+        if stamp is not None and self._sound.get(path) == stamp:
+            return ""
+        guard.limit_cpu(CHECK_SECONDS)
+        damage = _damage(uri)
+        if stamp is not None and not damage:
+            self._sound[path] = stamp
+        return damage
 
     def _reply(self, status: str, fetched: Fetched | None = None, error: str = "") -> Reply:
         seconds = self._guard.seconds()

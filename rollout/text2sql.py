@@ -13,7 +13,7 @@ from pathlib import Path
 from rollout.cache import Cache
 from rollout.environment import Environment, StepResult
 from rollout.errors import InfrastructureError
-from rollout.sql import actions, grader, prompt, schema
+from rollout.sql import actions, gold_results, grader, prompt, schema
 from rollout.sql.budget import TokenBudget
 from rollout.sql.executor import Executor, Result
 from rollout.sql.judge import Judge, Suites
@@ -53,9 +53,10 @@ class Text2SQL(Environment):
     """Questions over SQLite databases, answered with SQL after looking.
 
     Task fields: db_id, question, gold_sql; optional `db_root` (the database's folder below the configured root), evidence,
-    `schema` (text instead of the described one), `prompt` (messages instead of ours) and `max_turns`. The reward is 1.0
-    for a solution that is right by `environment.text2sql.grading`, otherwise 0.0; an episode without a usable solution is
-    malformed and gets `malformed_reward`. Whether the model thought before it acted counts only with `require_think`.
+    `schema` (text instead of the described one), `prompt` (messages instead of ours), `max_turns`, and `gold_results`
+    (published results, which then grade instead of `gold_sql`; rollout.sql.gold_results). The reward is 1.0 for a solution
+    that is right by `environment.text2sql.grading`, otherwise 0.0; an episode without a usable solution is malformed and
+    gets `malformed_reward`. Whether the model thought before it acted counts only with `require_think`.
     """
 
     shared: SharedSQL
@@ -75,7 +76,8 @@ class Text2SQL(Environment):
 
     def reset(self, task: Task) -> list[Message]:
         self._task = task
-        self._database, self._gold_sql = database_of(task), _text(task, "gold_sql")
+        self._database, self._gold_results = database_of(task), gold_results.of(task)
+        self._gold_sql = "" if self._gold_results else _text(task, "gold_sql")
         self._max_turns = int(task.fields.get("max_turns") or self.config.generator.max_turns)
         self._metrics: dict[str, float] = {"sql/queries": 0.0, "sql/seconds": 0.0}
         self._metrics |= {f"grade/{name}": 0.0 for name in self.shared.judge.measures}
@@ -132,7 +134,12 @@ class Text2SQL(Environment):
     def _outcome(self, sql: str, predicted: Result) -> str:
         """How the episode ended; notes what every measure says."""
         judge = self.shared.judge
-        verdicts = judge.verdicts(self._task.id, self._database, sql, predicted, self._gold_sql)
+        if self._gold_results:
+            verdicts = {
+                judge.grading: predicted.status == "ok" and gold_results.matches(predicted.rows, self._gold_results)
+            }
+        else:
+            verdicts = judge.verdicts(self._task.id, self._database, sql, predicted, self._gold_sql)
         for name in judge.measures:
             if name in verdicts:
                 self._metrics[f"grade/{name}"] = float(verdicts[name])

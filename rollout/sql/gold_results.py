@@ -13,6 +13,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from rollout.errors import InfrastructureError
+from rollout.types import Task
+
 TOLERANCE = 1e-2
 NO_VALUE = frozenset(
     (
@@ -25,10 +28,34 @@ NO_VALUE = frozenset(
 Cell = float | str | None
 
 
+def of(task: Task) -> list[dict[str, Any]]:
+    """The right results of a task, any of which will do; none when it is graded by SQL. Raises InfrastructureError."""
+    golds = task.fields.get("gold_results")
+    if golds is None:
+        return []
+    if not isinstance(golds, list) or not golds or not all(_is_result(gold) for gold in golds):
+        raise InfrastructureError(
+            f"task {task.id}: field gold_results: expected a list of objects with `columns`, lists of texts or nulls of one "
+            "length, and `ignore_order`, true or false"
+        )
+    return golds
+
+
 def matches(rows: Sequence[Sequence[Any]], golds: Sequence[dict[str, Any]]) -> bool:
     """Whether `rows` is any of the right results: `columns` of texts, `ignore_order`."""
     predicted = [_column([_text(cell) for cell in column]) for column in zip(*rows, strict=True)]
     return any(_is(predicted, gold) for gold in golds)
+
+
+def _is_result(gold: Any) -> bool:
+    columns = gold.get("columns") if isinstance(gold, dict) else None
+    return (
+        isinstance(columns, list)
+        and len(columns) > 0
+        and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns)
+        and all(cell is None or isinstance(cell, str) for column in columns for cell in column)
+        and isinstance(gold.get("ignore_order"), bool)
+    )
 
 
 def _is(predicted: list[list[Cell]], gold: dict[str, Any]) -> bool:

@@ -22,7 +22,7 @@ class WireError(ValueError):
 def task_to_proto(task: Task) -> pb.Task:
     """Raises WireError when `fields` holds something that JSON has no form for."""
     try:
-        fields = json.dumps(task.fields, ensure_ascii=False, allow_nan=False)
+        fields = json.dumps(task.fields, allow_nan=False)  # ASCII: JSON may hold half a surrogate pair
     except (TypeError, ValueError) as error:
         raise WireError(f"task {task.id!r}: its fields cannot be sent as JSON: {error}") from None
     return pb.Task(id=task.id, source=task.source, fields_json=fields)
@@ -67,20 +67,25 @@ def trajectory_to_proto(t: Trajectory) -> pb.Trajectory:
         outcome=t.outcome,
         stop_reason=t.stop_reason,
         metrics=t.metrics,
-        error=t.error,
+        error=_whole(t.error),
     )
     for turn in t.turns:
         message.turns.add(
-            action=turn.action,
-            sql=turn.sql,
-            status=turn.status,
-            observation=turn.observation,
+            action=_whole(turn.action),
+            sql=_whole(turn.sql),
+            status=_whole(turn.status),
+            observation=_whole(turn.observation),
             tokens=turn.tokens,
             seconds=turn.seconds,
             reward=turn.reward,
             answer=turn.answer,
         )
     return message
+
+
+def _whole(text: str) -> str:
+    """Text from outside (an environment, an error with a file's name) without lone surrogates, which UTF-8 cannot carry."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def trajectory_from_proto(message: pb.Trajectory) -> Trajectory:

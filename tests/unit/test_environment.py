@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 
 from rollout.environment import Environment, EnvironmentFactory, make_environment_factory
-from rollout.errors import InfrastructureError, UserError
+from rollout.errors import InfrastructureError
 from rollout.text2sql import INVALID_ACTION, Cache
 from rollout.types import OUTCOMES, Task
 from sqlrl_jax.config import Config
@@ -238,52 +237,3 @@ def test_a_cache_forgets_failures_and_the_oldest() -> None:
         4,
         3,
     ]
-
-
-OWN = """
-from rollout.environment import Environment, StepResult
-from rollout.types import Turn
-
-class Echo(Environment):
-    @classmethod
-    def open_shared(cls, config):
-        return open(config.environment.text2sql.database_root + "/log", "w")
-
-    def reset(self, task):
-        self.word = task.fields["word"]
-        return [{"role": "user", "content": self.word}]
-
-    def step(self, action, turn):
-        right = action == self.word
-        return StepResult(None, float(right), True, "correct" if right else "wrong", Turn(action), {"length": len(action)})
-
-NotOne = 3
-"""
-
-
-def test_an_environment_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_echo_environment.py").write_text(OWN)
-    monkeypatch.syspath_prepend(tmp_path)
-    base = {"text2sql": {"database_root": str(tmp_path)}}
-
-    def config(name: str) -> Config:
-        return Config.model_validate({"environment": {"env_class": name, **base}})
-
-    with make_environment_factory(config("my_echo_environment:Echo")) as factory:
-        environment = factory.create()
-        assert environment.reset(Task("1", "own", {"word": "hi"})) == [{"role": "user", "content": "hi"}]
-        assert environment.step("hi", 1).reward == 1.0
-        assert environment.finish().outcome == "malformed"
-        shared = environment.shared
-        assert not shared.closed
-    assert shared.closed
-    for name in (
-        "nothing",
-        "my_echo_environment:",
-        "no_such_module_at_all:X",
-        "my_echo_environment:Missing",
-        "my_echo_environment:NotOne",
-    ):
-        with pytest.raises(UserError, match=r"environment\.env_class = '"):
-            make_environment_factory(config(name))
-    sys.modules.pop("my_echo_environment", None)

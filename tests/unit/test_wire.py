@@ -43,6 +43,15 @@ def test_trajectory_round_trip(trajectory):
     assert wire.trajectory_from_proto(message) == trajectory
 
 
+def test_halves_of_surrogate_pairs_cross_the_bridge():
+    task = Task("t", "", {"name": "\ud800 x"})
+    assert wire.task_from_proto(pb.Task.FromString(wire.task_to_proto(task).SerializeToString())) == task
+    turn = Turn("a", "b", "c", "\ud800 é")
+    trajectory = Trajectory("t", "", 0, [], [], [], [], [], 0.0, "wrong", "done", [turn], {}, "\udcff")
+    back = wire.trajectory_from_proto(wire.trajectory_to_proto(trajectory))
+    assert (back.turns[0].observation, back.error) == ("? é", "?")
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | f64.filter(np.isfinite) | texts, st.lists, max_leaves=4
 )

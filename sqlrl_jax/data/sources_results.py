@@ -46,11 +46,11 @@ class GoldResults:
     def _spread(self, rule: dict[str, Any], count: int, where: str) -> tuple[list[list[int]], list[bool]]:
         """Columns and order for each of `count` results; one list or value stands for all."""
         columns, ignore = rule.get("condition_cols") or [], rule.get("ignore_order", False)
-        nested = bool(columns) and all(isinstance(c, list) for c in columns)
+        nested = isinstance(columns, list) and bool(columns) and all(isinstance(c, list) for c in columns)
         per_file = columns if nested else [columns]
         orders = ignore if isinstance(ignore, list) else [ignore]
         per_file, orders = (v * count if len(v) == 1 else v for v in (per_file, orders))
-        numbers = all(isinstance(c, int) and not isinstance(c, bool) for part in per_file for c in part)
+        numbers = all(isinstance(part, list) and all(type(c) is int for c in part) for part in per_file)
         if (
             not numbers
             or len(per_file) != count

@@ -3,11 +3,12 @@
 In every grading a prediction must be one statement that returned columns, within the executor's limits; clock and dice
 stand still (rollout.sql.guard) and bytes that are not UTF-8 are read as U+FFFD. What each grading says of the rows:
 
-`rows`, ours. As many columns and the same rows: in order where the gold's outermost query orders, else as a multiset, so
-a missing DISTINCT or a doubled row is wrong. Integers are equal exactly, anything with a float to 1e-6 relative; text is
-never a number (rollout.sql.rows). Column names don't matter; their order does, unless `column_permutation` is on. A
-prediction that reads no table where the gold reads one is a guess or was copied from what the model saw, and is wrong:
-literals from a query that names some table anyway can't be told by looking at results.
+`rows`, ours. As many columns and the same rows: in order where the gold's outermost query orders (rows that tie in that
+order may come in any), else as a multiset, so a missing DISTINCT or a doubled row is wrong. Integers are equal exactly,
+anything with a float to 1e-6 relative; text is never a number (rollout.sql.rows). Column names don't matter; their order
+does, unless `column_permutation` is on. A prediction that reads no table where the gold reads one is a guess or was copied
+from what the model saw, and is wrong: literals from a query that names some table anyway can't be told by looking at
+results.
 
 `bird_set`, BIRD's published measure (Li et al. 2023, arXiv:2305.03111; `calculate_ex` in evaluation/evaluation_ex.py of
 bird-bench/mini_dev): the sets of rows are equal as Python compares tuples. So order and repetitions don't matter, 1 is
@@ -28,6 +29,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Literal
 
@@ -44,11 +46,17 @@ EXACT_FLOATS = 2.0**53  # from here on every float is an integer
 
 
 def correct(
-    predicted: Result, gold: Result, gold_sql: str, grading: Grading = "rows", column_permutation: bool = False
+    predicted: Result,
+    gold: Result,
+    gold_sql: str,
+    grading: Grading = "rows",
+    column_permutation: bool = False,
+    runs: Sequence[int] | None = None,
 ) -> bool:
     """Whether a prediction's whole result is the gold's. A prediction that failed or returned no columns never is.
 
-    `column_permutation` is for `rows`; `spider_test_suite` looks at one of its databases here, and all have to agree.
+    `column_permutation` and `runs`, the gold's rows that tie (rollout.sql.rows), are for `rows`. `spider_test_suite` looks
+    at one of its databases here, and all have to agree.
     """
     if predicted.status != "ok" or gold.status != "ok" or predicted.truncated or gold.truncated:
         return False
@@ -60,7 +68,7 @@ def correct(
         return same_for_spider(predicted.rows, gold.rows, "order by" in gold_sql.lower())
     if len(predicted.columns) != len(gold.columns):
         return False
-    return same_rows(predicted.rows, gold.rows, is_ordered(gold_sql), column_permutation)
+    return same_rows(predicted.rows, gold.rows, is_ordered(gold_sql), column_permutation, runs)
 
 
 def same_for_spider(predicted: Rows, gold: Rows, ordered: bool) -> bool:

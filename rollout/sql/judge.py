@@ -9,9 +9,11 @@ from pathlib import Path
 
 from rollout.cache import Cache
 from rollout.errors import InfrastructureError
-from rollout.sql import grader
+from rollout.sql import grader, rewrite
 from rollout.sql.executor import Executor, Result
 from rollout.sql.grader import Grading
+from rollout.sql.rows import tied_runs
+from rollout.sql.syntax import is_ordered
 
 CACHED_GOLDS = 20_000
 CACHED_SUITES = 2_000
@@ -76,6 +78,7 @@ class Judge:
         self._executor, self._suites = executor, suites
         self.grading, self.measures, self._column_permutation = grading, measures, column_permutation
         self._golds: Cache[Result] = Cache(CACHED_GOLDS)
+        self._runs: Cache[list[int] | None] = Cache(CACHED_GOLDS)
 
     def gold(self, task_id: str, database: str, sql: str) -> Result:
         """The gold query's whole result. Raises InfrastructureError naming the task if it has none."""
@@ -97,12 +100,32 @@ class Judge:
         db_id = database.rpartition("/")[2]
         for grading in dict.fromkeys((self.grading, *self.measures)):
             if grading != "spider_test_suite":
-                found[grading] = predicted.status == "ok" and grader.correct(
-                    predicted, self.gold(task_id, database, gold_sql), gold_sql, grading, self._column_permutation
+                found[grading] = predicted.status == "ok" and self._correct(
+                    predicted, self.gold(task_id, database, gold_sql), database, gold_sql, grading
                 )
             elif self._suites is not None and (grading == self.grading or self._suites.covers(db_id)):
                 found[grading] = self._suites.agrees(task_id, db_id, predicted_sql, gold_sql)
         return found
+
+    def _correct(self, predicted: Result, gold: Result, database: str, gold_sql: str, grading: Grading) -> bool:
+        columns = self._column_permutation
+        if grader.correct(predicted, gold, gold_sql, grading, columns):
+            return True
+        if grading != "rows" or len(predicted.rows) != len(gold.rows) or not is_ordered(gold_sql):
+            return False
+        runs = self._runs.get((database, gold_sql), lambda: self._tied_runs(database, gold_sql, gold))
+        return runs is not None and grader.correct(predicted, gold, gold_sql, grading, columns, runs)
+
+    def _tied_runs(self, database: str, gold_sql: str, gold: Result) -> list[int] | None:
+        """Which of the gold's rows tie in its order; None if all stand where they stand or it can't be told."""
+        pair = rewrite.ties_broken(gold_sql, len(gold.columns))
+        if pair is None:
+            return None
+        upwards, downwards = self._executor.run_many([(database, sql) for sql in pair], whole=True)
+        if upwards.status != "ok" or downwards.status != "ok":
+            return None
+        runs = tied_runs(gold.rows, upwards.rows, downwards.rows)
+        return runs if runs is not None and len(runs) < len(gold.rows) else None
 
     def close(self) -> None:
         if self._suites is not None:

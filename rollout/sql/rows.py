@@ -8,6 +8,8 @@ answer is no: it takes thousands of rows that differ by less than the tolerance,
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
@@ -28,15 +30,47 @@ Key = tuple[Cell | tuple[()], ...]
 Same = Callable[[Rows, Rows], bool]
 
 
-def same_rows(predicted: Rows, gold: Rows, ordered: bool, column_permutation: bool = False) -> bool:
-    """Whether the rows are equal: pairwise in order, or paired off in some way; if asked, in some order of columns."""
+def same_rows(
+    predicted: Rows, gold: Rows, ordered: bool, column_permutation: bool = False, runs: Sequence[int] | None = None
+) -> bool:
+    """Whether the rows are equal: pairwise in order, or paired off in some way; if asked, in some order of columns.
+
+    `runs` divides the gold's rows, in order, into runs of that many rows each; inside of a run any order will do.
+    """
     if len(predicted) != len(gold):
         return False
-    if same_list(predicted, gold) if ordered else same_multiset(predicted, gold):
+    same: Same = same_list if ordered else same_multiset
+    if ordered and runs is not None:
+        same, ordered = functools.partial(_same_in_runs, runs), False
+    if same(predicted, gold):
         return True
-    if not column_permutation:
-        return False
-    return same_in_some_column_order(predicted, gold, ordered, same_list if ordered else same_multiset)
+    return column_permutation and same_in_some_column_order(predicted, gold, ordered, same)
+
+
+def _same_in_runs(runs: Sequence[int], predicted: Rows, gold: Rows) -> bool:
+    edges = [0, *itertools.accumulate(runs)]
+    return all(same_multiset(predicted[i:j], gold[i:j]) for i, j in itertools.pairwise(edges))
+
+
+def tied_runs(gold: Rows, upwards: Rows, downwards: Rows) -> list[int] | None:
+    """The runs of rows that an order leaves open, from two results whose ties are broken in opposite ways.
+
+    A run ends where as many first rows of both are the same multiset. None if the three are not the same rows, in these
+    runs: then the ties say nothing about the gold.
+    """
+    if not len(gold) == len(upwards) == len(downwards):
+        return None
+    runs, start = [], 0
+    difference: Counter[Row] = Counter()
+    for end, (up, down) in enumerate(zip(upwards, downwards, strict=True), 1):
+        for row, step in ((up, 1), (down, -1)):
+            difference[row] += step
+            if not difference[row]:
+                del difference[row]
+        if not difference:
+            runs.append(end - start)
+            start = end
+    return runs if start == len(gold) and _same_in_runs(runs, upwards, gold) else None
 
 
 def same_list(predicted: Rows, gold: Rows) -> bool:

@@ -46,7 +46,11 @@ def _extra_columns(m: dict[str, float], samples: int) -> list[tuple[str, str]]:
 
 def _row(label: str, prefix: str, m: dict[str, float], extra: Sequence[tuple[str, str]]) -> list[str]:
     interval = _interval(m[f"{prefix}/ci_low"], m[f"{prefix}/ci_high"])
-    figures = [_percent(m[f"{prefix}/{key}"]) for _, key in extra]
+    figures = []
+    for _, key in extra:
+        graded = m.get(f"{prefix}/graded/{key.removeprefix(GRADE)}", m[f"{prefix}/questions"])
+        few = f" ({graded:.0f})" if graded < m[f"{prefix}/questions"] else ""
+        figures.append(_percent(m[f"{prefix}/{key}"]) + few)
     return [
         label,
         f"{m[f'{prefix}/questions']:.0f}",

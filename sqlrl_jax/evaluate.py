@@ -100,9 +100,9 @@ def main(config: Config, request: Request) -> int:
             file.begin(tasks, limits, samples)
         play = stack.enter_context(_served(config, request.server) if request.server else _hosted(config, display))
         for limit in limits:
-            metrics = _measure(play, tasks, samples, limit, display, file)
-            _show(display, f"{name}, up to {limit} {'turns' if limit > 1 else 'turn'}", metrics, request.markdown)
-            results.append((limit, metrics))
+            title = f"{name}, up to {limit} {'turns' if limit > 1 else 'turn'}"
+            measurement = Measurement(tasks, samples, limit, title, request.markdown)
+            results.append((limit, _measure(play, measurement, display, file)))
     if len(results) > 1 and not request.markdown:
         display.print(comparison(name, [(f"{t} turns" if t > 1 else "1 turn", m) for t, m in results]))
     summary = {"model": name, "turns": {str(t): m for t, m in results}}
@@ -115,7 +115,7 @@ class Progress:
     """The episodes of one measurement as they come: which sets are complete, and what was had when it was interrupted."""
 
     def __init__(self, tasks: Sequence[Task], samples: int, say: Callable[[str], None]) -> None:
-        self._say = say
+        self._say, self._samples = say, samples
         self._places = {task.id: number for number, task in enumerate(tasks)}
         self._missing = Counter(task.source for task in tasks for _ in range(samples))
         self._several = len(self._missing) > 1
@@ -132,10 +132,25 @@ class Progress:
         """The episodes by task, then sample."""
         return sorted(self.episodes, key=lambda e: (self._places[e.task_id], e.sample))
 
+    def complete(self) -> list[Trajectory]:
+        """The episodes of the questions that have all their samples."""
+        samples = Counter(episode.task_id for episode in self.episodes)
+        return [episode for episode in self.result() if samples[episode.task_id] == self._samples]
 
-def _measure(
-    play: Player, tasks: list[Task], samples: int, limit: int, display: Display, file: EpisodesFile | None
-) -> dict[str, float]:
+
+@dataclass(frozen=True)
+class Measurement:
+    """All questions with one limit of turns."""
+
+    tasks: list[Task]
+    samples: int
+    limit: int
+    title: str
+    markdown: bool
+
+
+def _measure(play: Player, what: Measurement, display: Display, file: EpisodesFile | None) -> dict[str, float]:
+    tasks, samples, limit, title, markdown = what.tasks, what.samples, what.limit, what.title, what.markdown
     done = {key[1:]: e for key, e in file.done.items() if key[0] == limit} if file is not None else {}
     progress = Progress(tasks, samples, display.print)
     for episode in done.values():
@@ -157,18 +172,23 @@ def _measure(
                 play(todo, limit, follow)
     except (KeyboardInterrupt, UserError):
         kept = f"; they are in {file.path}, go on with the same command and --resume" if file is not None else ""
+        complete = progress.complete()
+        if complete:
+            _show(display, f"{title}, {len(complete) // samples} of {len(tasks)} questions", complete, markdown)
         display.warn(f"interrupted after {len(progress.episodes)} of {total} episodes{kept}")
         raise
-    return eval_metrics(progress.result())
+    return _show(display, title, progress.result(), markdown)
 
 
-def _show(display: Display, title: str, metrics: dict[str, float], markdown: bool) -> None:
+def _show(display: Display, title: str, episodes: list[Trajectory], markdown: bool) -> dict[str, float]:
+    metrics = eval_metrics(episodes)
     header, rows = set_rows(metrics)
     if markdown:
         display.print(f"{title}:\n\n{as_markdown(header, rows)}\n")
     else:
         display.print(as_table(title, header, rows))
     display.print(habits(metrics))
+    return metrics
 
 
 @contextmanager

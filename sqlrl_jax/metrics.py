@@ -118,12 +118,24 @@ def _set_metrics(groups: Sequence[Sequence[Trajectory]], samples: int, gradings:
         if _has_answers(groups):
             out["maj_at_n"] = _mean(_voted_right(group) for group in groups)
     for name in gradings:
-        out[name] = _mean(_mean(e.metrics.get(name, 0.0) for e in group) for group in groups)
+        graded = [verdicts for group in groups if (verdicts := _verdicts(group, name))]
+        out[name] = _mean(_mean(verdicts) for verdicts in graded)
+        out[f"graded/{name.removeprefix(GRADE)}"] = float(len(graded))
     return out
 
 
+def _verdicts(group: Sequence[Trajectory], name: str) -> list[float]:
+    """What a grading says of a question's episodes: those without an answer did not pass, those that the environment
+    has no means to grade (a test suite without this database) are left out."""
+    return [e.metrics.get(name, 0.0) for e in group if name in e.metrics or not _answered(e)]
+
+
+def _answered(episode: Trajectory) -> bool:
+    return bool(episode.turns) and episode.turns[-1].status == "solution"
+
+
 def _gradings(episodes: Iterable[Trajectory]) -> list[str]:
-    """Names of the gradings that an environment reported beside its reward; an episode without one did not pass it."""
+    """Names of the gradings that an environment reported beside its reward."""
     return sorted({name for e in episodes for name in e.metrics if name.startswith(GRADE)})
 
 

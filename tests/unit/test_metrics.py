@@ -1,8 +1,5 @@
 """Metrics of episodes, and the data order."""
 
-import math
-from itertools import combinations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +7,7 @@ from hypothesis import strategies as st
 from rollout.types import Trajectory, Turn
 from sqlrl_jax.data.order import batch_at, steps_per_epoch
 from sqlrl_jax.metrics import eval_metrics, rollout_metrics
-from sqlrl_jax.voting import pass_at_k
+from sqlrl_jax.voting import wilson
 
 
 def episode(task, sample, outcome, statuses=("solution",), source="a"):
@@ -50,13 +47,57 @@ def test_eval_metrics_by_source_and_samples():
     assert m["eval/all/avg_score"] == 0.25
     assert m["eval/a/avg_score"] == m["eval/all/pass_at_n"] == m["eval/all/pass_at_2"] == 0.5
     assert m["eval/b/avg_score"] == 0.0
+    assert m["eval/mean_over_sets"] == 0.25
+    assert m["eval/all/ci_low"] < 0.25 < m["eval/all/ci_high"]
 
 
-@given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
-def test_pass_at_k_counts_the_subsets_with_a_success(case):
-    n, correct, k = case
-    subsets = list(combinations([i < correct for i in range(n)], k))
-    assert math.isclose(pass_at_k(correct, n, k), sum(map(any, subsets)) / len(subsets), abs_tol=1e-12)
+def test_eval_metrics_of_one_sample_are_a_plain_share():
+    m = eval_metrics([episode(f"q{i}", 0, "correct" if i < 30 else "wrong") for i in range(100)])
+    assert (m["eval/all/ci_low"], m["eval/all/ci_high"]) == wilson(0.3, 100)
+    assert m["eval/all/stderr"] == pytest.approx((0.3 * 0.7 / 100) ** 0.5)
+    assert "eval/all/pass_at_1" not in m
+    assert "eval/all/maj_at_n" not in m
+
+
+def test_the_mean_over_sets_gives_small_sets_the_same_weight():
+    small = [episode("s", 0, "correct", source="small")]
+    large = [episode(f"l{i}", 0, "wrong", source="large") for i in range(9)]
+    m = eval_metrics(small + large)
+    assert (m["eval/all/avg_score"], m["eval/mean_over_sets"]) == (0.1, 0.5)
+
+
+def test_failures_of_infrastructure_are_left_out():
+    m = eval_metrics([episode("q", 0, "correct"), episode("r", 0, "infrastructure")])
+    assert (m["eval/questions"], m["eval/all/avg_score"]) == (1.0, 1.0)
+    assert eval_metrics([episode("r", 0, "infrastructure")]) == {"eval/questions": 0.0}
+
+
+def voted(outcomes_and_answers):
+    out = []
+    for sample, (outcome, answer) in enumerate(outcomes_and_answers):
+        out.append(episode("q", sample, outcome))
+        out[-1].turns[-1].answer = answer
+    return eval_metrics(list(reversed(out)))["eval/all/maj_at_n"]  # the order of arrival does not matter
+
+
+def test_majority_voting():
+    assert voted([("wrong", "x"), ("correct", "y"), ("correct", "y")]) == 1.0
+    assert voted([("wrong", "x"), ("correct", "y")]) == 0.0  # a tie goes to the earlier sample
+    assert voted([("sql_error", ""), ("malformed", ""), ("correct", "y")]) == 1.0
+    assert voted([("sql_error", ""), ("malformed", "")]) == 0.0
+
+
+def test_no_vote_where_answers_are_not_told():
+    assert "eval/all/maj_at_n" not in eval_metrics([episode("q", 0, "correct"), episode("q", 1, "wrong")])
+
+
+def test_gradings_besides_the_reward():
+    right, wrong, silent, uncovered = (episode(name, 0, "wrong") for name in "abcd")
+    right.metrics, wrong.metrics = {"grade/bird_set": 1.0}, {"grade/bird_set": 0.0}
+    silent.turns = []  # never answered: not passed
+    m = eval_metrics([right, wrong, silent, uncovered])
+    assert m["eval/all/grade/bird_set"] == pytest.approx(1 / 3)
+    assert m["eval/all/graded/bird_set"] == 3.0
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 3))
@@ -72,7 +113,3 @@ def test_an_epoch_uses_each_question_at_most_once(tasks, batch, seed):
 def test_data_order_depends_on_seed_and_epoch():
     orders = {tuple(batch_at(range(50), 50, seed, epoch)) for seed in range(2) for epoch in range(2)}
     assert len(orders) == 4
-
-
-def test_pass_at_k_all_correct():
-    assert pass_at_k(3, 3, 2) == pytest.approx(1.0)

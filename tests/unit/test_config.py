@@ -66,5 +66,16 @@ def test_evaluation_inherits_sampling_that_is_not_given():
     assert (sampling.temperature, sampling.max_generate_length) == (0.6, 7)
 
 
+def test_an_environments_own_settings_are_free_and_keep_their_types(tmp_path):
+    (tmp_path / "own.yaml").write_text("environment: {settings: {cost: 0.1, words: [a, b], deep: {x: null}}}")
+    config = config_file.load(tmp_path / "own.yaml", ["environment.settings.cost=0.2", "environment.settings.new=yes"])
+    assert config.environment.settings == {"cost": 0.2, "words": ["a", "b"], "deep": {"x": None}, "new": True}
+    config_file.save(config, tmp_path / "c.yaml")
+    assert config_file.load(tmp_path / "c.yaml") == config
+    for bad in ("environment.settings=3", "environment.settings.when=2020-01-01"):
+        with pytest.raises(ConfigError, match=r"environment\.settings"):
+            config_file.load(None, [bad])
+
+
 def test_every_setting_has_a_meaning():
     assert [s.key for s in config_file.settings(Config()) if not s.meaning] == []

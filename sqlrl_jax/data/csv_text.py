@@ -191,7 +191,7 @@ def _sample(path: Path, encoding: str) -> list[str]:
         data = file.read(SAMPLE_BYTES)
         whole = not file.read(1)
     text = codecs.getincrementaldecoder(encoding)("replace").decode(data)
-    lines = text.splitlines(keepends=True)
+    lines = list(io.StringIO(text, newline=""))
     return lines if whole or len(lines) == 1 else lines[:-1]
 
 

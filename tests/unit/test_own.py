@@ -141,8 +141,8 @@ def tables(draw: st.DrawFn) -> tuple[list[list[Any]], dict[str, Any], str]:
         "lineterminator": draw(st.sampled_from(["\n", "\r\n", "\r"])),
         "quoting": draw(st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])),
     }
-    if any("\r" in cell for column in columns for cell in column if isinstance(cell, str)):
-        dialect["quoting"] = csv.QUOTE_ALL  # Python's writer leaves a carriage return bare, which ends a line elsewhere
+    if any(end in cell for column in columns for cell in column if isinstance(cell, str) for end in "\r\n"):
+        dialect["quoting"] = csv.QUOTE_ALL  # Python's writer leaves ends of lines bare that are not its own
     return columns, dialect, draw(st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]))
 
 

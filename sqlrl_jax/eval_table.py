@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.table import Table
+from rich.text import Text
 
 from rollout.types import OUTCOMES
 from sqlrl_jax.metrics import GRADE
@@ -31,7 +31,7 @@ def set_rows(m: dict[str, float]) -> tuple[list[str], Rows]:
     rows.append(_row("all questions", "eval/all", m, extra))
     interval = _interval(m["eval/mean_over_sets_ci_low"], m["eval/mean_over_sets_ci_high"])
     means = [_percent(sum(m[f"eval/{name}/{key}"] for name in sets) / len(sets)) for _, key in extra]
-    rows.append(["mean of the sets", "", _percent(m["eval/mean_over_sets"]), interval, *means, ""])
+    rows.append(["mean of sets", "", _percent(m["eval/mean_over_sets"]), interval, *means, ""])
     return header, rows
 
 
@@ -82,13 +82,14 @@ def habits(m: dict[str, float]) -> str:
     )
 
 
-def as_table(title: str, header: Sequence[str], rows: Rows) -> Table:
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for name in header:
-        table.add_column(name, justify="left" if name == header[0] else "right")
-    for row in rows:
-        table.add_row(*row)
-    return table
+def as_text(title: str, header: Sequence[str], rows: Rows) -> Text:
+    """Aligned columns that keep their width in a narrow terminal and in a pipe, which rich's tables would cut."""
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(w) if not place else cell.rjust(w) for place, (cell, w) in enumerate(pairs)).rstrip()
+        for pairs in (list(zip(row, widths, strict=True)) for row in [list(header), *rows])
+    ]
+    return Text.assemble("\n", (title, "italic"), "\n\n", (lines[0], "bold"), "\n", "\n".join(lines[1:]), "\n")
 
 
 def as_markdown(header: Sequence[str], rows: Rows) -> str:

@@ -17,6 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from rich.text import Text
+
 from rollout.chat import load_tokenizer
 from rollout.chat_client import ChatClient, ServerOptions, with_model
 from rollout.chat_episode import Conversations, play_all
@@ -30,7 +32,7 @@ from sqlrl_jax.data.demo import ensure
 from sqlrl_jax.data.questions import validation
 from sqlrl_jax.display import Display, comparison
 from sqlrl_jax.episodes_file import EpisodesFile
-from sqlrl_jax.eval_table import as_markdown, as_table, habits, set_line, set_rows
+from sqlrl_jax.eval_table import as_markdown, as_text, habits, set_line, set_rows
 from sqlrl_jax.fleet import Fleet, sampling_params
 from sqlrl_jax.metrics import eval_metrics
 from sqlrl_jax.run import episode_record
@@ -98,7 +100,10 @@ def main(config: Config, request: Request) -> int:
         if file is not None:
             stack.callback(file.close)
             file.begin(tasks, limits, samples)
-        play = stack.enter_context(_served(config, request.server) if request.server else _hosted(config, display))
+        if file is None or len(file.done) < len(tasks) * samples * len(limits):
+            play = stack.enter_context(_served(config, request.server) if request.server else _hosted(config, display))
+        else:
+            play = _nothing
         for limit in limits:
             title = f"{name}, up to {limit} {'turns' if limit > 1 else 'turn'}"
             measurement = Measurement(tasks, samples, limit, title, request.markdown)
@@ -152,7 +157,7 @@ class Measurement:
 def _measure(play: Player, what: Measurement, display: Display, file: EpisodesFile | None) -> dict[str, float]:
     tasks, samples, limit, title, markdown = what.tasks, what.samples, what.limit, what.title, what.markdown
     done = {key[1:]: e for key, e in file.done.items() if key[0] == limit} if file is not None else {}
-    progress = Progress(tasks, samples, display.print)
+    progress = Progress(tasks, samples, lambda line: display.print(Text(line)))
     for episode in done.values():
         progress.add(episode)
     todo = [task for task in tasks if (task.id, 0) not in done]
@@ -184,11 +189,15 @@ def _show(display: Display, title: str, episodes: list[Trajectory], markdown: bo
     metrics = eval_metrics(episodes)
     header, rows = set_rows(metrics)
     if markdown:
-        display.print(f"{title}:\n\n{as_markdown(header, rows)}\n")
+        display.print(Text(f"{title}:\n\n{as_markdown(header, rows)}\n"))
     else:
-        display.print(as_table(title, header, rows))
+        display.print(as_text(title, header, rows))
     display.print(habits(metrics))
     return metrics
+
+
+def _nothing(tasks: Sequence[Task], limit: int, on_episode: OnEpisode) -> None:
+    """Plays when every episode is in the file already."""
 
 
 @contextmanager

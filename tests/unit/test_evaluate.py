@@ -87,7 +87,7 @@ def test_sets_table_and_json(data, capsys, tmp_path):
     assert (metrics["eval/looked_first"], metrics["eval/turns"]) == (1.0, 2.0)
     assert (metrics["model"], metrics["max_turns"]) == ("small", 5)
     assert "south, 1 questions: accuracy 100.0" in output
-    assert "mean of the sets" in output
+    assert "mean of sets" in output
     rows = {row["task_id"]: row for row in episodes(out)}
     assert {name: row["outcome"] for name, row in rows.items()} == {
         "north-Bonn": "correct", "north-Kiel": "wrong", "south-Ulm": "correct",

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from hub_standin import Fault, Hub, etag, running
+from rich.console import Console
 
 from rollout.errors import UserError
 from sqlrl_jax.data import archive as archive_module
@@ -412,18 +413,24 @@ def test_a_full_disk_while_unpacking(packed: Path, tmp_path: Path, monkeypatch: 
     assert tree(tmp_path / "out") == {}
 
 
-def test_progress_without_a_terminal_is_a_line_a_tenth() -> None:
-    from rich.console import Console
-
+def test_progress_without_a_terminal_is_a_line_a_tenth_of_what_takes_long() -> None:
     out = io.StringIO()
-    with bars(Console(file=out)) as progress:
+    now = 0.0
+    with bars(Console(file=out), clock=lambda: now) as progress:
+        progress("at once", 1, 2)
+        progress("at once", 2, 2)
         for done in range(0, 1_000_001, 1000):
             progress("data.zip", done, 1_000_000)
-        progress("empty", 0, 0)
+            now += 0.01
     lines = out.getvalue().splitlines()
-    assert len(lines) == 12
-    assert lines[3] == "data.zip: 300.0 kB of 1.0 MB (30%)"
+    assert lines[0] == "data.zip: 200.0 kB of 1.0 MB (20%)"
+    assert len(lines) == 9
     with bars(Console(file=out, force_terminal=True)) as progress:
         progress("data.zip", 1, 2)
+    with bars(Console(file=out), unit="items", clock=lambda: now) as progress:
+        progress("rows", 0, 2000)
+        now += 5
+        progress("rows", 1000, 2000)
+    assert out.getvalue().splitlines()[-1] == "rows: 1,000 of 2,000 (50%)"
     assert size(22.2e9) == "22.2 GB"
     assert size(12) == "12 bytes"

@@ -425,7 +425,7 @@ def test_progress_without_a_terminal_is_a_line_a_tenth_of_what_takes_long() -> N
     lines = out.getvalue().splitlines()
     assert lines[0] == "data.zip: 200.0 kB of 1.0 MB (20%)"
     assert len(lines) == 9
-    with bars(Console(file=out, force_terminal=True)) as progress:
+    with bars(Console(file=io.StringIO(), force_terminal=True)) as progress:
         progress("data.zip", 1, 2)
     with bars(Console(file=out), unit="items", clock=lambda: now) as progress:
         progress("rows", 0, 2000)

@@ -25,8 +25,8 @@ Reply = tuple[str, tuple[str, ...], list[tuple[Cell, ...]], bool, str, str, floa
 class Engine(Protocol):
     """Runs one query at a time in a worker process, on databases that it keeps open.
 
-    Made from (timeout in CPU seconds, max_vm_steps, max_rows, max_chars of an observation); sets the limits of its
-    process (rollout.sql.guard) before it looks at any database.
+    Made from (timeout in CPU seconds, max_vm_steps, max_rows, max_chars of an observation, the database root); sets the
+    limits of its process (rollout.sql.guard) before it looks at any database.
     """
 
     def run(self, path: str, uri: str, sql: str, whole: bool) -> Reply:

@@ -36,7 +36,8 @@ class TooLarge(Exception):
 
 
 class SQLiteEngine:
-    def __init__(self, timeout: float, max_vm_steps: int, max_rows: int, max_chars: int) -> None:
+    def __init__(self, timeout: float, max_vm_steps: int, max_rows: int, max_chars: int, database_root: str) -> None:
+        """A connection reaches its own file only, so the root means nothing here."""
         guard.limit_process()
         self._guard = guard.Guard(max_vm_steps, timeout)
         self._max_rows, self._max_chars = max_rows, max_chars
@@ -137,6 +138,8 @@ class SQLiteEngine:
         for row in cursor:
             total += 1
             size += _size(row)
+            if size > MAX_RESULT_BYTES and not rows:
+                raise TooLarge
             if len(rows) < self._max_rows and (size <= SHOWN_BYTES or not rows):
                 rows.append(row)
             elif size > MAX_RESULT_BYTES or total > COUNTED_ROWS:

@@ -24,7 +24,7 @@ def main() -> None:
 def _start(engine_name: str, database_root: str, *settings: Any) -> Callable[..., Reply]:
     os.environ["TZ"] = "UTC"
     time.tzset()
-    engine = load(engine_name)(*settings)
+    engine = load(engine_name)(*settings, database_root)
     sandbox.close(database_root)  # last: nothing can be imported afterwards
 
     def answer(path: str, uri: str, sql: str, whole: bool) -> Reply:

@@ -73,8 +73,12 @@ class Databases:
         path = self._root / db_root / db_id / f"{db_id}.sqlite"
         if not path.is_file():
             return f"its database {path} does not exist"
-        with path.open("rb") as file:
-            return "" if file.read(len(SQLITE_MAGIC)) == SQLITE_MAGIC else f"{path} is not a SQLite database"
+        try:
+            with path.open("rb") as file:
+                start = file.read(len(SQLITE_MAGIC))
+        except OSError as error:
+            return f"{path} cannot be read: {error.strerror or error}"
+        return "" if start == SQLITE_MAGIC else f"{path} is not a SQLite database"
 
 
 def convert(
@@ -161,6 +165,8 @@ class GoldFile:
             lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: byte {error.start} is not UTF-8 text") from None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
         self._golds = [self._split(line, number) for number, line in enumerate(lines, 1)]
         self._differ: list[int] = []
 

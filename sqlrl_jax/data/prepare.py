@@ -21,6 +21,7 @@ from rich.table import Table
 from rollout.errors import UserError
 from rollout.types import Task
 from sqlrl_jax.data.convert import Problems, convert, counted
+from sqlrl_jax.data.disk import disk_errors
 from sqlrl_jax.data.progress import Progress, bars
 from sqlrl_jax.data.sources import GROUPS, SOURCES, Source, resolve, root_of
 from sqlrl_jax.data.tasks import DataError, write_tasks
@@ -167,7 +168,8 @@ def _sets(request: Request) -> int:
     root = root_of(data, sources)
     files = {source.name: questions_file(source, data, root) for source in sources}
     _all_there(sources, files, data, root)
-    out.mkdir(parents=True, exist_ok=True)
+    with disk_errors(out, DataError):
+        out.mkdir(parents=True, exist_ok=True)
     done = []
     with bars() as progress:
         for source in sources:

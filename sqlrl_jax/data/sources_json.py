@@ -28,7 +28,11 @@ def json_rows(path: Path, read: Callable[[int], None] = lambda count: None) -> I
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    with path.open("rb") as file:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+    with file:
         text = _Text(file, path, read)
         if text.next_char() != "[":
             raise DataError(f"{path}: expected a JSON array of objects, which starts with '['")
@@ -97,7 +101,10 @@ class _Text:
 
     def _more(self, size: int) -> bool:
         """Reads on; False at the end of the file."""
-        data = self._file.read(size)
+        try:
+            data = self._file.read(size)
+        except OSError as error:
+            raise DataError(f"{self._path}: cannot be read: {error.strerror or error}") from None
         try:
             text = self._decode.decode(data, final=not data)
         except UnicodeDecodeError as error:

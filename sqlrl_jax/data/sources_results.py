@@ -88,7 +88,7 @@ def _read_result(path: Path, columns: list[int], ignore_order: bool) -> dict[str
         csv.field_size_limit(LONGEST_CELL)
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = [row for row in csv.reader(file, strict=True) if row]
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (UnicodeDecodeError, csv.Error, OSError) as error:
         raise DataError(f"{path}: cannot be read as CSV: {error}") from None
     if not rows:
         raise DataError(f"{path}: is empty; expected a line of column names")

@@ -17,6 +17,7 @@ from typing import Any
 
 from rollout.errors import UserError
 from rollout.types import Task
+from sqlrl_jax.data.disk import disk_errors
 
 REQUIRED = ("id", "db_id", "question", "gold_sql")
 OPTIONAL = ("evidence", "source", "schema", "prompt", "db_root")
@@ -58,13 +59,15 @@ def _numbered(path: Path, required: Sequence[str]) -> Iterator[tuple[int, Task]]
         yield from skyrl_tasks(path)
         return
     number = 0
-    with path.open(encoding="utf-8") as file:
-        try:
+    try:
+        with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield number, parse_task(line, f"{path}:{number}", path.stem, required)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: after line {number}: not UTF-8 text ({error.reason})") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: after line {number}: not UTF-8 text ({error.reason})") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def parse_task(line: str, where: str, default_source: str = "", required: Sequence[str] = REQUIRED) -> Task:
@@ -103,13 +106,18 @@ def write_tasks(path: str | Path, tasks: Iterable[Task]) -> int:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write that takes `path`'s place when the block ends well, and is removed when it does not."""
+    """A file to write that takes `path`'s place when the block ends well, and is removed when it does not.
+
+    Folders are made. Raises DataError when the disk is full or the place can't be written.
+    """
     part = path.with_name(path.name + ".part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with disk_errors(path, DataError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield part
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def check_text(value: Any, name: str, where: str, empty: bool = False) -> str:

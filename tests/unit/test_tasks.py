@@ -1,6 +1,7 @@
 """Questions on disk: what is read back is what was written, and every complaint names file, line and field."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollout.types import Task
-from sqlrl_jax.data.tasks import DataError, parse_task, read_tasks, write_tasks
+from sqlrl_jax.data.tasks import OPTIONAL, DataError, parse_task, read_tasks, write_tasks
 
 GOOD = {"id": "a", "db_id": "d", "question": "How many?", "gold_sql": "SELECT 1"}
 
@@ -34,7 +35,7 @@ def test_reads_fields_and_keeps_what_it_does_not_know(tmp_path: Path) -> None:
     )
 )
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, dict[str, int]]]) -> None:
-    reserved = {"id", "source", "evidence", "schema", "prompt", *GOOD}
+    reserved = {*GOOD, *OPTIONAL, "gold_results"}
     tasks = [
         Task(f"x{name}", "s", {"db_id": "d", "question": name + "?", "gold_sql": "q"} | _without(extra, reserved))
         for name, extra in rows
@@ -56,6 +57,8 @@ def _without(extra: dict[str, int], names: set[str]) -> dict[str, int]:
         ({**GOOD, "question": None}, "field question: expected text, found NoneType"),
         ({**GOOD, "gold_sql": "  "}, "field gold_sql is empty"),
         ({**GOOD, "schema": 3}, "field schema: expected text, found int"),
+        ({**GOOD, "db_root": ["spider"]}, "field db_root: expected text, found list"),
+        ({**GOOD, "id": "b", "question": "\ud83d?"}, "field question: holds half of a surrogate pair"),
         ({"id": "b", "db_id": "d", "question": "q"}, "field gold_sql is missing"),
         (GOOD, "field id: 'a' was already used in line 1"),
     ],
@@ -73,6 +76,36 @@ def test_missing_and_empty_files(tmp_path: Path) -> None:
         read_tasks(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match="holds no questions"):
         read_tasks(write(tmp_path / "empty.jsonl", ""))
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(json.dumps(GOOD).encode() + b"\n" + b'{"id": "\xff"}\n')
+    with pytest.raises(DataError, match=r"t\.jsonl: after line \d: not UTF-8 text"):
+        read_tasks(path)
+
+
+def test_published_results_stand_in_for_gold_sql() -> None:
+    row = {name: value for name, value in GOOD.items() if name != "gold_sql"}
+    assert parse_task(json.dumps({**row, "gold_results": []}), "f:1").fields["gold_results"] == []
+    with pytest.raises(DataError, match="field gold_sql is missing"):
+        parse_task(json.dumps({**row, "gold_results": None}), "f:1")
+
+
+def test_a_file_takes_its_place_only_when_whole(tmp_path: Path) -> None:
+    def broken() -> Iterator[Task]:
+        yield Task("b", "s", GOOD)
+        raise DataError("row 2")
+
+    path = tmp_path / "made" / "t.jsonl"
+    assert write_tasks(path, [Task("a", "s", {"db_id": "d", "question": "q", "gold_sql": "SELECT 1"})]) == 1
+    before = path.read_bytes()
+    with pytest.raises(DataError, match="row 2"):
+        write_tasks(path, broken())
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == ["t.jsonl"]
+    with pytest.raises(DataError, match="can't be written"):
+        write_tasks(path / "below" / "a.jsonl", [])
 
 
 def test_prompt_may_be_messages() -> None:

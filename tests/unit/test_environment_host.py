@@ -237,6 +237,7 @@ def test_shared_things_are_opened_once_a_worker_and_closed_episodes_are_let_go(f
         lines = log.read_text().splitlines()
         assert len({line for line in lines if line.startswith("open")}) == 2
         assert lines.count("close hello shared_calls") == 6
+        assert [slot.environments for slot in host(playing[0])._slots] == [0, 0]
         with pytest.raises(InfrastructureError, match="KeyError"):  # it is gone there
             playing[0].step("hello", 3)
 

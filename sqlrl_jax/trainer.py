@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from rollout.errors import UserError
 from rollout.types import Task, Trajectory
 from sqlrl_jax.checkpoint import Checkpoints
 from sqlrl_jax.config import Config
+from sqlrl_jax.data.gold import without_bad_golds
 from sqlrl_jax.data.order import batch_at, steps_per_epoch
 from sqlrl_jax.data.questions import Questions, load_questions
 from sqlrl_jax.display import Display, comparison, eval_line, step_line
@@ -63,7 +65,9 @@ class Trainer:
 
     def __init__(self, config: Config, run: Run, display: Display, stop: StopSignal, stack: ExitStack) -> None:
         self.config, self.run, self.display, self.stop = config, run, display, stop
-        self.data: Questions = load_questions(config)
+        data = load_questions(config)
+        train = without_bad_golds(data.train, config, run.dir / "dropped_questions.jsonl", display.print, run.log)
+        self.data: Questions = replace(data, train=train)
         self.total = self._total_steps()
         trainer = config.trainer
         minibatches = trainer.train_batch_size // trainer.policy_mini_batch_size * trainer.update_epochs_per_batch

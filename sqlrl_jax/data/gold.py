@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -257,13 +257,14 @@ def without_bad_golds(
     if config.data.bad_gold == "keep" or config.environment.env_class != "text2sql":
         return tasks
     root = Path(config.environment.text2sql.database_root)
-    if record.exists():
+    if config.trainer.resume_mode == "latest" and record.exists():
         problems = [GoldProblem(**json.loads(line)) for line in record.read_text(encoding="utf-8").splitlines()]
     elif not root.is_dir():
         tell(f"gold queries were not checked: {root} is not on this host")
         return tasks
     else:
-        with bars(unit="items") as progress:
+        screen = Console(highlight=False, stderr=True)
+        with bars(screen, unit="items") if screen.is_terminal else nullcontext(silent) as progress:
             problems = check_golds(tasks, config, progress)
         _write(record, problems)
         for problem in problems:

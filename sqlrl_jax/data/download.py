@@ -1,9 +1,8 @@
 """One file of a Hugging Face repository to one folder: resumed where it broke off, checked, with room made sure of first.
 
-The hub's client says where a file is, how long, and what its hash is (`get_hf_file_metadata`); the bytes are fetched here.
-Its own `hf_hub_download` is not used because it throws away what it has when it is interrupted, which does not do for 22 GB,
-and because it only warns about a full disk. Left out: its cache (one copy is enough at this size) and the xet protocol
-(plain HTTP gives every file too, and can be continued at any byte).
+The hub's client says where a file is, how long, and what its hash is; the bytes are fetched here. Its own
+`hf_hub_download` is not used because it throws away what it has when it is interrupted, which does not do for 22 GB, and
+because it only warns about a full disk. Left out: its cache (one copy is enough at this size).
 """
 
 from __future__ import annotations
@@ -13,21 +12,18 @@ import hashlib
 import json
 import os
 import re
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-import httpx2
-from huggingface_hub import get_hf_file_metadata, get_session, hf_hub_url
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+from huggingface_hub.utils import hf_raise_for_status
 
 from sqlrl_jax.data.archive import Unpacked, unpack
 from sqlrl_jax.data.disk import check_space, disk_errors
-from sqlrl_jax.data.hub_errors import DownloadError, Passing, Source, explain
+from sqlrl_jax.data.hub import Patience, Remote, Tries, continues, describe, find, stream
+from sqlrl_jax.data.hub_errors import DownloadError, Passing, Source
 from sqlrl_jax.data.progress import Progress, silent, size
 
 __all__ = ["DownloadError", "Patience", "Unpacked", "fetch", "unpack"]
@@ -35,31 +31,6 @@ __all__ = ["DownloadError", "Patience", "Unpacked", "fetch", "unpack"]
 CHUNK = 1 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _GIT_SHA1 = re.compile(r"[0-9a-f]{40}")
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long to go on when the hub or the way to it is in trouble. Seconds."""
-
-    attempts: int = 6
-    """Tries in a row that brought nothing; a new megabyte starts the count afresh."""
-    first_contact: int = 3
-    """Tries before the hub has answered at all: a wrong address should be known soon."""
-    longest_wait: float = 60.0
-    """Waits between tries double up to this, or are what the hub asks for when that is shorter."""
-    stall: float = 30.0
-    """A connection without a byte for so long is given up."""
-    deadline: float = 24 * 3600.0
-    """For the whole file."""
-
-
-@dataclass(frozen=True)
-class _Remote:
-    """A file as the hub describes it."""
-
-    commit: str
-    etag: str
-    size: int | None
 
 
 @dataclass(frozen=True)
@@ -96,14 +67,12 @@ def fetch(
     parts = PurePosixPath(filename).parts
     if not parts or filename.startswith("/") or ".." in parts:
         raise DownloadError(f"{filename!r}: expected the name of a file inside {repo_id}")
-    source = Source(
-        repo_id, filename, repo_type, revision, (endpoint or os.environ.get("HF_ENDPOINT") or "").rstrip("/")
-    )
+    source = find(repo_id, filename, repo_type, revision, endpoint)
     target = Path(folder, *parts)
     if _finished(target, source, sha256):
         return target
-    tries = _Tries(source, patience or Patience())
-    remote = tries.until_it_works(lambda: _describe(source, tries.patience.stall))
+    tries = Tries(source, patience or Patience())
+    remote = tries.until_it_works(lambda: describe(source, tries.patience.stall))
     if sha256 and _SHA256.fullmatch(remote.etag) and remote.etag != sha256.lower():
         raise DownloadError(
             f"{source}: the hub has another version (SHA-256 {remote.etag}) than the expected {sha256}; "
@@ -121,11 +90,11 @@ def fetch(
 def _get(
     target: Path,
     source: Source,
-    remote: _Remote,
+    remote: Remote,
     sha256: str | None,
     room_for: int,
     progress: Progress,
-    tries: _Tries,
+    tries: Tries,
 ) -> None:
     """Fetches, checks and names the file; a part stays for the next time unless its content is wrong."""
     part = target.with_name(f".{target.name}.{re.sub(r'[^0-9A-Za-z]', '', remote.etag)[:16]}.part")
@@ -148,7 +117,7 @@ def _get(
     _write_record(target, source, remote, digests["sha256"])
 
 
-def _adopt(target: Path, source: Source, remote: _Remote, sha256: str | None, progress: Progress) -> None:
+def _adopt(target: Path, source: Source, remote: Remote, sha256: str | None, progress: Progress) -> None:
     """Takes a file that somebody put there, if it is the right one. Others' files are never deleted."""
     digests = _digests(target, target.name, progress)
     wrong = _mismatch(digests, remote, sha256)
@@ -157,42 +126,19 @@ def _adopt(target: Path, source: Source, remote: _Remote, sha256: str | None, pr
     _write_record(target, source, remote, digests["sha256"])
 
 
-def _describe(source: Source, timeout: float) -> _Remote:
-    """Asks the hub for commit, hash and length."""
-    url = hf_hub_url(
-        source.repo, source.filename, repo_type=source.kind, revision=source.revision, endpoint=source.endpoint or None
-    )
-    found = get_hf_file_metadata(url, timeout=timeout, endpoint=source.endpoint or None)
-    if not found.commit_hash or not found.etag:
-        raise DownloadError(
-            f"{source}: {source.host} answers, but not as a Hugging Face hub does (no commit or ETag); "
-            "set HF_ENDPOINT to a hub or unset it, and check for a proxy or login page on the way"
-        )
-    return _Remote(found.commit_hash, found.etag, found.size)
-
-
-def _append(file: BinaryIO, source: Source, remote: _Remote, progress: Progress, tries: _Tries) -> None:
+def _append(file: BinaryIO, source: Source, remote: Remote, progress: Progress, tries: Tries) -> None:
     """One connection: appends what the part lacks. Raises Passing when it ends early."""
     have = file.seek(0, os.SEEK_END)
     if remote.size is not None and have > remote.size:
         have = file.truncate(file.seek(0))
     if remote.size is not None and have == remote.size:
         return
-    # The commit instead of the branch: all parts come from one version. The hub's address instead of the storage's that
-    # it redirects to: that one's signature expires within the hour.
-    url = hf_hub_url(
-        source.repo, source.filename, repo_type=source.kind, revision=remote.commit, endpoint=source.endpoint or None
-    )
-    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
-    if have:
-        headers["Range"] = f"bytes={have}-"
-    timeout = tries.patience.stall
-    with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
+    with stream(source, remote, have, None, tries.patience.stall) as response:
         if response.status_code == 416:
             file.truncate(file.seek(0))
             raise Passing("the hub can't continue at this byte; starting over")
         hf_raise_for_status(response)
-        if have and not _continues(response, have):
+        if have and not continues(response, have):
             have = file.truncate(file.seek(0))
             if response.status_code == 206:
                 raise Passing("the hub continued at another byte; starting over")
@@ -202,61 +148,11 @@ def _append(file: BinaryIO, source: Source, remote: _Remote, progress: Progress,
             have += file.write(chunk)
             progress(PurePosixPath(source.filename).name, have, total)
             tries.check_deadline()
+            if remote.size is not None and have > remote.size:
+                break  # wrong bytes, and no need to see how many
     file.flush()
     if have < total:
         raise Passing(f"the connection ended after {size(have)} of {size(total)}")
-
-
-def _continues(response: httpx2.Response, start: int) -> bool:
-    return response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
-
-
-class _Tries:
-    """Counts and spaces out the tries of one file."""
-
-    def __init__(self, source: Source, patience: Patience) -> None:
-        self.patience = patience
-        self._source = source
-        self._end = time.monotonic() + patience.deadline
-        self._heard = False
-
-    def until_it_works(self, action: Any, file: BinaryIO | None = None) -> Any:
-        """Calls `action` until it returns; what `file` gained in a failed try counts as progress."""
-        fruitless = 0
-        while True:
-            before = _length(file)
-            try:
-                result = action()
-                self._heard = True
-                return result
-            except (httpx2.HTTPError, httpx2.InvalidURL, HFValidationError, Passing, ConnectionError) as error:
-                sentence, passing, asked = explain(error, self._source)
-                if not passing:
-                    raise DownloadError(sentence) from None
-                self._heard = self._heard or not isinstance(error, httpx2.ConnectError)
-                fruitless = 0 if _length(file) - before >= CHUNK else fruitless + 1
-                allowed = self.patience.attempts if self._heard else self.patience.first_contact
-                if fruitless >= allowed:
-                    raise DownloadError(f"{sentence} (gave up after {fruitless} tries)") from None
-                self._wait(2.0 ** min(fruitless, 10) / 2 if asked is None else asked)
-
-    def _wait(self, seconds: float) -> None:
-        seconds = min(seconds, self.patience.longest_wait)
-        if time.monotonic() + seconds > self._end:
-            self._end = 0.0
-            self.check_deadline()
-        time.sleep(seconds)
-
-    def check_deadline(self) -> None:
-        if time.monotonic() > self._end:
-            raise DownloadError(
-                f"{self._source}: not finished within {self.patience.deadline / 3600:g} hours; what has come is kept, "
-                "run again to continue"
-            )
-
-
-def _length(file: BinaryIO | None) -> int:
-    return file.seek(0, os.SEEK_END) if file else 0
 
 
 @contextmanager
@@ -284,7 +180,7 @@ def _digests(path: Path, label: str, progress: Progress) -> dict[str, str]:
     return {"sha256": plain.hexdigest(), "git": git.hexdigest(), "size": str(total)}
 
 
-def _mismatch(digests: dict[str, str], remote: _Remote, sha256: str | None) -> str:
+def _mismatch(digests: dict[str, str], remote: Remote, sha256: str | None) -> str:
     """What differs, in words; empty if nothing does."""
     expected = {"size": "" if remote.size is None else str(remote.size)}
     if _SHA256.fullmatch(remote.etag):
@@ -304,7 +200,7 @@ def _record_path(target: Path) -> Path:
     return target.with_name(f".{target.name}.fetched.json")
 
 
-def _write_record(target: Path, source: Source, remote: _Remote, sha256: str) -> None:
+def _write_record(target: Path, source: Source, remote: Remote, sha256: str) -> None:
     found = target.stat()
     record = _Record(source.name, source.revision or "", remote.commit, sha256, found.st_size, found.st_mtime_ns)
     _record_path(target).write_text(json.dumps(asdict(record)) + "\n", encoding="utf-8")

@@ -34,7 +34,7 @@ STATUS_LABELS = {
     "denied": "refused",
     "error": "error",
     "timeout": "too slow",
-    "invalid": "no SQL found",
+    "invalid": "nothing usable found",
     "solution": "final answer",
 }
 STOP_LABELS = {

@@ -18,12 +18,16 @@ import time
 from typing import NamedTuple
 
 from rollout.sql import clock
+from rollout.sql.memory import Memory
 
 MAX_CELL_BYTES = 4_000_000
 MAX_SQL_BYTES = 100_000
+MAX_NAMES_CHARS = 1_000_000  # of all columns of a result together
 HEAP_BYTES = 256 * 2**20  # all of SQLite's memory in one worker
 ADDRESS_SPACE_BYTES = 2 * 2**30
 PROGRESS_INTERVAL = 10_000  # VM steps between two looks at the budget
+TRIM_INTERVAL = 64  # queries between two looks at the memory
+KEPT_BYTES = 64 * 2**20  # of memory that a worker may keep for later
 
 LIMITS = {
     sqlite3.SQLITE_LIMIT_LENGTH: MAX_CELL_BYTES,
@@ -93,6 +97,7 @@ class Guard:
     def __init__(self, max_vm_steps: int, cpu_seconds: float) -> None:
         self._max_vm_steps, self._cpu_seconds = max_vm_steps, cpu_seconds
         self._interval = min(PROGRESS_INTERVAL, max_vm_steps)
+        self._memory, self._queries = Memory(), 0
         self._ask = sqlite3.connect(":memory:", isolation_level=None)
         self._modules = OTHER_MODULES | {name for (name,) in self._ask.execute("SELECT name FROM pragma_module_list")}
         self.arm()
@@ -103,6 +108,9 @@ class Guard:
         self.exhausted = False
         self._steps = 0
         self._dice = 0
+        self._queries += 1
+        if self._queries % TRIM_INTERVAL == 0:
+            self._memory.give_back(KEPT_BYTES)
         self._start = time.thread_time()
         limit_cpu(self._cpu_seconds)
 
@@ -126,7 +134,9 @@ class Guard:
         connection.set_authorizer(lambda *asked: self._authorize(tables, *asked))
 
     def check_columns(self, columns: tuple[str, ...]) -> None:
-        """Refuses EXPLAIN, which no rule sees before it runs. Raises sqlite3.DatabaseError."""
+        """Refuses EXPLAIN, which no rule sees before it runs, and names without end. Raises sqlite3.DatabaseError."""
+        if sum(map(len, columns)) > MAX_NAMES_CHARS:
+            raise sqlite3.DatabaseError(f"the names of the columns are longer than {MAX_NAMES_CHARS} characters")
         if columns == PROGRAM_COLUMNS:
             self.denied = "EXPLAIN (use EXPLAIN QUERY PLAN)"
             raise sqlite3.DatabaseError(self.denied)

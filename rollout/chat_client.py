@@ -32,10 +32,12 @@ LEAST_TOKENS = 256
 """A turn is not asked for with less room than this."""
 _PASSING = (408, 409, 425, 429)
 _FULL = re.compile(
-    r"context[ _-]?(length|size|window)|maximum (context|model) length|max_model_len|exceed_context"
-    r"|too many tokens|(prompt|input)s? (is|are) too long|longer than the model|max_new_tokens. must be",
+    r"context[ _-]?(length|size|window|limit)|maximum (context|model|prompt|allowed input) length|max_model_len"
+    r"|exceed_context|too many tokens|tokens? exceeds?|(prompt|input) (is |length )?too long|reduce the length"
+    r"|longer than the model|max_new_tokens. must be",
     re.IGNORECASE,
 )
+"""How servers say that a conversation is too long; there is no common code for it."""
 
 
 class ServerRefused(UserError):

@@ -101,7 +101,9 @@ def main(config: Config, request: Request) -> int:
             stack.callback(file.close)
             file.begin(tasks, limits, samples)
         if file is None or len(file.done) < len(tasks) * samples * len(limits):
-            play = stack.enter_context(_served(config, request.server) if request.server else _hosted(config, display))
+            server, keep = request.server, file is not None
+            player = _served(config, server) if server else _hosted(config, display, keep)
+            play = stack.enter_context(player)
         else:
             play = _nothing
         for limit in limits:
@@ -176,11 +178,13 @@ def _measure(play: Player, what: Measurement, display: Display, file: EpisodesFi
             if todo:
                 play(todo, limit, follow)
     except (KeyboardInterrupt, UserError):
-        kept = f"; they are in {file.path}, go on with the same command and --resume" if file is not None else ""
+        kept = ""
+        if file is not None and progress.episodes:
+            kept = f"; they are in {file.path}, go on with the same command and --resume"
         complete = progress.complete()
         if complete:
             _show(display, f"{title}, {len(complete) // samples} of {len(tasks)} questions", complete, markdown)
-        display.warn(f"interrupted after {len(progress.episodes)} of {total} episodes{kept}")
+        display.warn(f"stopped after {len(progress.episodes)} of {total} episodes{kept}")
         raise
     return _show(display, title, progress.result(), markdown)
 
@@ -201,13 +205,16 @@ def _nothing(tasks: Sequence[Task], limit: int, on_episode: OnEpisode) -> None:
 
 
 @contextmanager
-def _hosted(config: Config, display: Display) -> Iterator[Player]:
-    """Plays on rollout services: those of `generator.services`, or one started here on the model folder."""
+def _hosted(config: Config, display: Display, keep: bool) -> Iterator[Player]:
+    """Plays on rollout services: those of `generator.services`, or one started here on the model folder.
+
+    `keep`: the records will be read, so the prompts need the tokenizer, which a learner's host may lack otherwise.
+    """
     with TemporaryDirectory() as folder:
         file = Path(folder, "config.yaml")
         config_file.save(config, file)
         fleet = Fleet(config, file, Path(folder, "service.log"), display.print)
-        decode = load_tokenizer(config.trainer.policy.model.path).decode
+        decode = load_tokenizer(config.trainer.policy.model.path).decode if keep else str
 
         def play(tasks: Sequence[Task], limit: int, on_episode: OnEpisode) -> None:
             by_id = {task.id: task for task in tasks}

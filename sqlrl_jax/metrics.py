@@ -80,7 +80,7 @@ def eval_metrics(episodes: Sequence[Trajectory]) -> dict[str, float]:
     }
     everything = [group for members in sources.values() for group in members]
     names = _gradings(episodes)
-    for source, members in [("all", everything), *sorted(sources.items())]:
+    for source, members in [("all", everything), *sources.items()]:
         out |= {f"eval/{source}/{key}": value for key, value in _set_metrics(members, samples, names).items()}
     scores = [out[f"eval/{source}/avg_score"] for source in sources]
     bounds = [(out[f"eval/{source}/ci_low"], out[f"eval/{source}/ci_high"]) for source in sources]

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import sys
 import threading
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 import launch
 from rollout.chat import Chat, load_tokenizer
 from rollout.engine.embedded import EmbeddedEngine
+from rollout.supervisor import ServiceProcess
 from rollout.types import SamplingParams
 from sqlrl_jax.config_file import load
+from sqlrl_jax.data.demo import ensure
 from tests.unit.chat_server import ChatServer, Reply, completion, strip_stop
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +27,7 @@ QUESTIONS = 16
 def settings(tmp_path_factory):
     """The quickstart's model in conversation style, on sixteen generated questions."""
     demo = tmp_path_factory.mktemp("demo")
-    return [
+    found = [
         f"trainer.policy.model.path={ROOT / 'models' / 'quickstart'}",
         f"data.demo.directory={demo}",
         f"environment.text2sql.database_root={demo / 'databases'}",
@@ -36,6 +39,8 @@ def settings(tmp_path_factory):
         "generator.max_input_length=512",
         "trainer.policy.row_tokens=1024",
     ]
+    ensure(load(CONFIG, found).data.demo)
+    return found
 
 
 class ModelServer(ChatServer):
@@ -75,8 +80,17 @@ def evaluate(capsys, settings, out, *options):
     return metrics, episodes
 
 
-def test_served_scores_what_the_rollout_service_scores(settings, capsys, tmp_path):
-    hosted, ours = evaluate(capsys, settings, tmp_path / "hosted.jsonl")
+@pytest.fixture(scope="module")
+def running(settings, tmp_path_factory):
+    """The address of a rollout service that somebody else started."""
+    command = [sys.executable, str(ROOT / "launch.py"), "serve", "--config", str(CONFIG), *settings]
+    service = ServiceProcess(command, tmp_path_factory.mktemp("service") / "service.log", start_timeout=120)
+    yield service.start()
+    service.stop()
+
+
+def test_served_scores_what_the_rollout_service_scores(settings, running, capsys, tmp_path):
+    hosted, ours = evaluate(capsys, settings, tmp_path / "hosted.jsonl", f"generator.services=[{running}]")
     engine = EmbeddedEngine(load(CONFIG, settings))
     try:
         with ModelServer(engine) as server:

@@ -189,6 +189,9 @@ FULL = [
     "The decoder prompt (length 40000) is longer than the maximum model length of 32768.",
     "The input (40000 tokens) is longer than the model's context length (32768 tokens).",
     "request (40000 tokens) exceeds the available context size (32768 tokens), try increasing it",
+    "Please reduce the length of the messages or completion",
+    "Input length 131393 exceeds the maximum allowed input length of 131040 tokens.",
+    "`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 4000 `inputs` tokens",
     "Your input exceeds the context window of this model. code: context_length_exceeded",
 ]
 

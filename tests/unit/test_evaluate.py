@@ -165,7 +165,7 @@ def test_a_server_that_dies_leaves_what_was_finished_and_resume_goes_on(data, ca
     ) as server:
         _, output, error = evaluate(capsys, data, server, "--out", str(out), "--concurrency", "1", status=2)
     assert "answered 422: gone" in error
-    assert "interrupted after 1 of 3 episodes" in output
+    assert "stopped after 1 of 3 episodes" in output
     assert "small, up to 5 turns, 1 of 3 questions" in output
     assert "--resume" in output
     assert [row["task_id"] for row in episodes(out)] == ["north-Bonn"]
@@ -252,7 +252,7 @@ def test_ctrl_c_keeps_what_was_finished(data, tmp_path):
         process.send_signal(signal.SIGINT)
         output, error = process.communicate(timeout=30)
     assert process.returncode == 130, error
-    assert "interrupted after 1 of 3 episodes" in output
+    assert "stopped after 1 of 3 episodes" in output
     assert error.strip() == "stopped"
     assert [row["task_id"] for row in episodes(out)] == ["north-Bonn"]
 

@@ -14,6 +14,7 @@ import operator
 import random
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -68,7 +69,9 @@ def evaluate(text: str) -> Fraction:
     """The value of a sum of decimal numbers with + - * / and brackets. Raises ValueError or what Python raises."""
     if len(text) > 200:
         raise ValueError("longer than 200 characters")
-    return _value(ast.parse(text.strip(), mode="eval").body)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python would comment on the model's style
+        return _value(ast.parse(text.strip(), mode="eval").body)
 
 
 def _value(node: ast.expr) -> Fraction:

@@ -10,6 +10,7 @@ Left out: the walls around the whole process, which are rollout.sql.sandbox.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import re
 import resource
@@ -26,6 +27,10 @@ MAX_NAMES_CHARS = 1_000_000  # of all columns of a result together
 HEAP_BYTES = 256 * 2**20  # all of SQLite's memory in one worker
 ADDRESS_SPACE_BYTES = 2 * 2**30
 PROGRESS_INTERVAL = 10_000  # VM steps between two looks at the budget
+CPU_SLACK = 1.0  # seconds by which the kernel's limit may be late; setting it for every query is most of a query's cost
+CPU_SLACK = (
+    1.0  # seconds that the kernel's limit may be late by: setting it for every query would double the cost of one
+)
 TRIM_INTERVAL = 64  # queries between two looks at the memory
 KEPT_BYTES = 64 * 2**20  # of memory that a worker may keep for later
 
@@ -97,6 +102,7 @@ class Guard:
     def __init__(self, max_vm_steps: int, cpu_seconds: float) -> None:
         self._max_vm_steps, self._cpu_seconds = max_vm_steps, cpu_seconds
         self._interval = min(PROGRESS_INTERVAL, max_vm_steps)
+        self._cpu_limit = 0.0
         self._memory, self._queries = Memory(), 0
         self._ask = sqlite3.connect(":memory:", isolation_level=None)
         self._modules = OTHER_MODULES | {name for (name,) in self._ask.execute("SELECT name FROM pragma_module_list")}
@@ -111,12 +117,18 @@ class Guard:
         self._queries += 1
         if self._queries % TRIM_INTERVAL == 0:
             self._memory.give_back(KEPT_BYTES)
-        self._start = time.thread_time()
-        limit_cpu(self._cpu_seconds)
+        self._start = time.process_time()
+        if self._start + self._cpu_seconds + CPU_SLACK > self._cpu_limit:
+            self._cpu_limit = limit_cpu(self._cpu_seconds + CPU_SLACK)
+
+    def allow(self, cpu_seconds: float) -> None:
+        """More time than a query has, for work of the worker's own, until `arm`."""
+        limit_cpu(cpu_seconds)
+        self._cpu_limit = 0.0
 
     def seconds(self) -> float:
         """CPU seconds since `arm`."""
-        return time.thread_time() - self._start
+        return time.process_time() - self._start
 
     def protect(self, connection: sqlite3.Connection) -> None:
         """Puts the rules on a connection, for good. Anything the worker itself has to set up comes before."""
@@ -131,7 +143,7 @@ class Guard:
         connection.create_function("randomblob", 1, self._randomblob)
         tables = self._tables(connection)
         connection.set_progress_handler(self._progress, self._interval)
-        connection.set_authorizer(lambda *asked: self._authorize(tables, *asked))
+        connection.set_authorizer(functools.partial(self._authorize, tables))
 
     def check_columns(self, columns: tuple[str, ...]) -> None:
         """Refuses EXPLAIN, which no rule sees before it runs, and names without end. Raises sqlite3.DatabaseError."""
@@ -223,11 +235,13 @@ def _refusal(action: int, first: str | None, second: str | None) -> str:
     return ACTION_NAMES.get(action, f"action {action}")
 
 
-def limit_cpu(seconds: float) -> None:
-    """Arms the kernel: past `seconds` from now (rounded up, plus one) the process dies by SIGXCPU."""
+def limit_cpu(seconds: float) -> float:
+    """Arms the kernel: past `seconds` from now (rounded up, plus one) the process dies by SIGXCPU. Returns when."""
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     soft = math.ceil(time.process_time() + seconds) + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+    soft = soft if hard == resource.RLIM_INFINITY else min(soft, hard)
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
+    return float(soft)
 
 
 def limit_process() -> None:

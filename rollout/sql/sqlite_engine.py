@@ -46,7 +46,6 @@ class SQLiteEngine:
 
     def run(self, path: str, uri: str, sql: str, whole: bool) -> Reply:
         """Runs one query; never raises for what a query does."""
-        self._guard.arm()  # opening a database is work as well, and must not be charged to the query before
         try:
             fetched = self._query_with_room(path, uri, sql, whole)
         except BrokenDatabase as error:
@@ -100,6 +99,7 @@ class SQLiteEngine:
         self._forget(path)
         while len(self._open) >= OPEN_DATABASES:
             self._forget(next(iter(self._open)))
+        self._guard.arm()  # opening is work as well, and must not be charged to the query before
         connection = _connect(path, uri)
         self._guard.protect(connection)
         self._open[path] = (connection, stamp)
@@ -169,7 +169,7 @@ class SQLiteEngine:
         self._forget(path)
         if stamp is not None and self._sound.get(path) == stamp:
             return ""
-        guard.limit_cpu(CHECK_SECONDS)
+        self._guard.allow(CHECK_SECONDS)
         damage = _damage(uri)
         if stamp is not None and not damage:
             self._sound[path] = stamp

@@ -11,7 +11,7 @@ import os
 import stat
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -60,9 +60,17 @@ def unpack(
 
 
 def unpack_members(
-    opened: zipfile.ZipFile, name: str, folder: Path, prefixes: Sequence[str], progress: Progress
+    opened: zipfile.ZipFile,
+    name: str,
+    folder: Path,
+    prefixes: Sequence[str],
+    progress: Progress,
+    before: Callable[[Sequence[zipfile.ZipInfo]], None] = lambda missing: None,
 ) -> Unpacked:
-    """The same for an archive that is open already; `name` is what messages call it."""
+    """The same for an archive that is open already; `name` is what messages call it.
+
+    `before` is told the members that will be read, in the order of the archive's bytes.
+    """
     members = choose(opened, name, prefixes)
     total = sum(member.file_size for member in members)
     done = kept = replaced = written = 0
@@ -77,6 +85,8 @@ def unpack_members(
         done += member.file_size
         progress(f"looking at {name}", done, total)
     check_space(folder, sum(-(-m.file_size // BLOCK) * BLOCK for m in missing), f"unpacking {name}")
+    missing.sort(key=lambda member: member.header_offset)
+    before(missing)
     done = 0
     total = sum(member.file_size for member in missing)
     for member in missing:

@@ -12,7 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import unquote
+
+import pytest
 
 COMMIT = "c0ffee" * 6 + "c0de"
 Headers = dict[str, str]
@@ -58,12 +62,28 @@ class Hub:
 
 
 @contextmanager
-def running() -> Iterator[Hub]:
+def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub, and an environment that neither names another hub nor holds a token or proxy."""
+    for name in ("HF_ENDPOINT", "HF_TOKEN", "HTTPS_PROXY", "HTTP_PROXY", "http_proxy", "https_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
     hub = Hub()
     try:
         yield hub
     finally:
         hub.close()
+
+
+class Usage(NamedTuple):
+    """What shutil.disk_usage gives."""
+
+    total: int
+    used: int
+    free: int
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def etag(content: bytes, large: bool) -> str:
@@ -109,15 +129,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def content(self, content: bytes, headers: Headers, fault: Fault) -> None:
         """Content or the range of it that was asked for."""
-        start = 0
+        start, stop = 0, len(content)
         wanted = self.headers.get("Range")
         if wanted and not fault.ignore_range:
-            start = int(wanted.removeprefix("bytes=").split("-")[0]) + fault.shift
-            if start >= len(content):
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            start, stop = int(first) + fault.shift, min(len(content), int(last) + 1 if last else len(content))
+            if start >= stop:
                 self.reply(416, {"Content-Range": f"bytes */{len(content)}"})
                 return
-            headers = {**headers, "Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
-        body = content[start:]
+            headers = {**headers, "Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"}
+        body = content[start:stop]
         length = len(body)
         if fault.flip:
             body = bytes([body[0] ^ 1]) + body[1:]
@@ -125,7 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
             body = body[: fault.cut_after]
         if self.command == "GET":
             self.hub.served += len(body)
-        self.reply(206 if start else 200, {**headers, "Accept-Ranges": "bytes"}, body, length)
+        self.reply(206 if "Content-Range" in headers else 200, {**headers, "Accept-Ranges": "bytes"}, body, length)
         if fault.cut_after >= 0:
             self.wfile.flush()
             self.close_connection = True

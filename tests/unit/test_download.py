@@ -7,19 +7,16 @@ import fcntl
 import io
 import os
 import shutil
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-from hub_standin import Fault, Hub, etag, running
+from hub_standin import Fault, Hub, Usage, etag, running
 from rich.console import Console
 
 from rollout.errors import UserError
-from sqlrl_jax.data import archive as archive_module
-from sqlrl_jax.data import disk
-from sqlrl_jax.data.download import DownloadError, Patience, fetch, unpack
+from sqlrl_jax.data.download import DownloadError, Patience, fetch
 from sqlrl_jax.data.progress import bars, size
 
 REPO = "seeklhy/OmniSQL-datasets"
@@ -29,10 +26,7 @@ QUICK = Patience(longest_wait=0.01, stall=5.0)
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    for name in ("HF_ENDPOINT", "HF_TOKEN", "HTTPS_PROXY", "HTTP_PROXY", "http_proxy", "https_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_TOKEN_PATH", "/nowhere")
-    with running() as hub:
+    with running(monkeypatch) as hub:
         hub.put(REPO, "data.zip", BIG)
         hub.put(REPO, "sub/readme.md", b"hello\n", large=False)
         yield hub
@@ -156,12 +150,6 @@ def test_a_finished_file_that_was_changed_is_noticed(hub: Hub, tmp_path: Path) -
     assert "move it away" in refused(hub, tmp_path)
 
 
-class Usage(NamedTuple):
-    total: int
-    used: int
-    free: int
-
-
 def test_room_is_made_sure_of_before_the_first_byte(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = len(BIG) + 999
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 0, free))
@@ -265,152 +253,6 @@ def test_two_processes_do_not_write_the_same_file(hub: Hub, tmp_path: Path) -> N
     with next(tmp_path.glob(".data.zip.*.part")).open("ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert "another process" in refused(hub, tmp_path)
-
-
-# ---------------------------------------------------------------------------------------------------------- unpacking
-
-MEMBERS = {
-    "data/spider/database/pets/pets.sqlite": b"p" * 3_000_000,
-    "data/spider/dev.json": b"[]",
-    "data/bird/dev.json": b"[1]",
-    "data/empty.txt": b"",
-}
-
-
-@pytest.fixture
-def packed(tmp_path: Path) -> Path:
-    path = tmp_path / "data.zip"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        file.mkdir("data/spider")
-        for name, content in MEMBERS.items():
-            file.writestr(name, content)
-        file.writestr("__MACOSX/data/._x", b"junk")
-    return path
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def test_everything_or_the_wanted_part_is_unpacked(packed: Path, tmp_path: Path) -> None:
-    done = unpack(packed, tmp_path / "all")
-    assert (done.written, done.kept, done.size) == (4, 0, sum(map(len, MEMBERS.values())))
-    assert tree(tmp_path / "all") == MEMBERS
-    unpack(packed, tmp_path / "some", ["data/spider/", "data/empty"])
-    assert sorted(tree(tmp_path / "some")) == [
-        "data/empty.txt",
-        "data/spider/database/pets/pets.sqlite",
-        "data/spider/dev.json",
-    ]
-    with pytest.raises(UserError, match=r"nothing in it begins with data/wiki; it holds .*data/bird.*data/spider"):
-        unpack(packed, tmp_path / "none", ["data/wiki"])
-    assert not (tmp_path / "none").exists()
-
-
-def test_a_second_call_writes_nothing_and_mends_what_differs(packed: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    unpack(packed, out)
-    stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
-    assert unpack(packed, out).kept == 4
-    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == stamps
-    (out / "data/bird/dev.json").write_bytes(b"[2]")  # the same length
-    (out / "data/spider/dev.json").write_bytes(b"[")
-    done = unpack(packed, out)
-    assert (done.written, done.replaced, done.kept) == (0, 2, 2)
-    assert tree(out) == MEMBERS
-
-
-def test_an_interrupted_unpacking_leaves_no_half_file_and_goes_on(packed: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-
-    def interrupt(label: str, done: int, total: int) -> None:
-        if label.startswith("unpacking") and done >= 2 << 20:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        unpack(packed, out, progress=interrupt)
-    assert tree(out) == {}
-    unpack(packed, out, ["data/bird"])
-    done = unpack(packed, out)
-    assert (done.written, done.kept) == (3, 1)
-    assert tree(out) == MEMBERS
-
-
-def archive_of(path: Path, info: zipfile.ZipInfo) -> Path:
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("good.txt", b"good")
-        file.writestr(info, b"/etc/passwd")
-    return path
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["../evil.txt", "/evil.txt", "a/../../evil.txt", "C:/evil.txt", "..\\evil.txt", "a\\b.txt", "a\0/../evil.txt"],
-)
-def test_members_that_lead_out_are_refused_before_anything_is_written(tmp_path: Path, name: str) -> None:
-    info = zipfile.ZipInfo("x" * len(name))
-    info.filename = name
-    path = archive_of(tmp_path / "evil.zip", info)
-    with pytest.raises(UserError, match="leads out of the folder"):
-        unpack(path, tmp_path / "deep" / "out")
-    assert {p.name for p in tmp_path.rglob("*")} == {"evil.zip"}
-
-
-def test_links_and_encrypted_members_are_refused(tmp_path: Path) -> None:
-    link = zipfile.ZipInfo("link")
-    link.create_system = 3
-    link.external_attr = 0o120777 << 16
-    with pytest.raises(UserError, match="is a link"):
-        unpack(archive_of(tmp_path / "link.zip", link), tmp_path / "out")
-    path = archive_of(tmp_path / "locked.zip", zipfile.ZipInfo("locked"))
-    content = bytearray(path.read_bytes())
-    for signature, offset in ((b"PK\x01\x02", 8), (b"PK\x03\x04", 6)):
-        content[content.rindex(signature) + offset] |= 1
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="is encrypted"):
-        unpack(path, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_damage_is_named(packed: Path, tmp_path: Path) -> None:
-    content = bytearray(packed.read_bytes())
-    with zipfile.ZipFile(tmp_path / "stored.zip", "w") as file:
-        file.writestr("a.json", b"[1]")
-    stored = tmp_path / "stored.zip"
-    stored.write_bytes(stored.read_bytes().replace(b"[1]", b"[7]", 1))
-    with pytest.raises(UserError, match=r"stored\.zip: damaged .*a\.json.*download it again"):
-        unpack(stored, tmp_path / "out")
-    assert tree(tmp_path / "out") == {}
-    content[content.index(b"pets.sqlite") + 50] ^= 0xFF
-    (tmp_path / "bad.zip").write_bytes(content)
-    (tmp_path / "cut.zip").write_bytes(packed.read_bytes()[:-100])
-    for name in ("bad.zip", "cut.zip"):
-        with pytest.raises(UserError, match="damaged"):
-            unpack(tmp_path / name, tmp_path / "out2")
-    with pytest.raises(UserError, match="no such archive"):
-        unpack(tmp_path / "none.zip", tmp_path / "out2")
-
-
-def test_room_for_what_is_missing(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = 3_000_000
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: Usage(10**9, 0, free))
-    with pytest.raises(UserError, match=r"unpacking data\.zip needs"):
-        unpack(packed, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    free = 3_100_000
-    unpack(packed, tmp_path / "out")
-    free = 0
-    assert unpack(packed, tmp_path / "out").kept == 4
-
-
-def test_a_full_disk_while_unpacking(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(source: Path, target: Path) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(archive_module.os, "replace", full)
-    with pytest.raises(UserError, match="the disk is full"):
-        unpack(packed, tmp_path / "out")
-    assert tree(tmp_path / "out") == {}
 
 
 def test_progress_without_a_terminal_is_a_line_a_tenth_of_what_takes_long() -> None:

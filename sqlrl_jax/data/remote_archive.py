@@ -1,0 +1,204 @@
+"""The wanted part of a ZIP archive on a hub, without downloading the rest of it.
+
+OmniSQL's archive has 22 GB, of which Spider or BIRD is a small part. Its table of contents is read first, by ranges; then
+room is made sure of, and the wanted members are streamed and unpacked one by one, those that lie together by one request.
+Every member's CRC is checked. The archive's own SHA-256 can't be, because it is never seen whole; `download.fetch` does
+that.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub.utils import hf_raise_for_status
+
+from sqlrl_jax.data.archive import ArchiveError, Unpacked, unpack, unpack_members
+from sqlrl_jax.data.disk import disk_errors
+from sqlrl_jax.data.download import fetch
+from sqlrl_jax.data.hub import Patience, Remote, Tries, continues, describe, find, stream
+from sqlrl_jax.data.hub_errors import Passing, Source
+from sqlrl_jax.data.progress import Progress, silent
+
+GAP = 1 << 20
+"""Bytes read and thrown away rather than asking anew."""
+TAIL = 1 << 17
+"""The end of an archive, where its table of contents begins to be found, comes with one request."""
+
+
+def fetch_members(
+    repo_id: str,
+    filename: str,
+    folder: str | Path,
+    prefixes: Sequence[str] = (),
+    *,
+    repo_type: str = "dataset",
+    revision: str | None = None,
+    endpoint: str | None = None,
+    progress: Progress = silent,
+    patience: Patience | None = None,
+) -> Unpacked:
+    """Brings the members whose names begin with one of `prefixes` to `folder`; what is there already stays.
+
+    An archive that lies whole at `<folder>/<filename>` is used instead of the network. A hub that does not serve ranges has
+    it downloaded whole. Raises DownloadError or ArchiveError, one sentence.
+    """
+    whole = Path(folder, filename)
+    if whole.is_file():
+        return unpack(whole, folder, prefixes, progress=progress)
+    source = find(repo_id, filename, repo_type, revision, endpoint)
+    tries = Tries(source, patience or Patience())
+    remote = tries.until_it_works(lambda: describe(source, tries.patience.stall))
+    name = PurePosixPath(filename).name
+    try:
+        with (
+            RemoteFile(source, remote, tries) as file,
+            zipfile.ZipFile(file) as opened,
+            disk_errors(Path(folder), ArchiveError),
+        ):
+            return unpack_members(
+                opened,
+                name,
+                Path(folder),
+                prefixes,
+                progress,
+                before=lambda missing: file.plan(runs_of(missing, opened)),
+            )
+    except _NoRanges:
+        path = fetch(
+            repo_id,
+            filename,
+            folder,
+            repo_type=repo_type,
+            revision=revision,
+            endpoint=endpoint,
+            progress=progress,
+            patience=patience,
+        )
+        return unpack(path, folder, prefixes, progress=progress)
+    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+        raise ArchiveError(f"{source}: damaged ({error}); look whether the hub has a newer version") from None
+    except NotImplementedError as error:
+        raise ArchiveError(f"{source}: packed in a way that Python can't read ({error})") from None
+
+
+class _NoRanges(Exception):
+    """The hub sends whole files only."""
+
+
+class RemoteFile(io.RawIOBase):
+    """A file on a hub that can be read at any place; a connection that breaks is opened again where it broke."""
+
+    def __init__(self, source: Source, remote: Remote, tries: Tries) -> None:
+        super().__init__()
+        if remote.size is None:
+            raise _NoRanges
+        self._source, self._remote, self._tries = source, remote, tries
+        self._size = remote.size
+        self._at = 0
+        self._tail = b""
+        self._runs: list[tuple[int, int]] = []
+        self._open = ExitStack()
+        self._chunks: Iterator[bytes] = iter(())
+        self._buffer = b""
+        # Where the connection's next byte lies in the file, and where it ends; -1 without one.
+        self._next = self._end = -1
+
+    def plan(self, runs: Sequence[tuple[int, int]]) -> None:
+        """Says which (begin, end) will be read from begin to end, so that each is one request."""
+        self._runs = sorted(runs)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
+        return self._at
+
+    def read(self, count: int | None = -1) -> bytes:
+        """Exactly `count` bytes, fewer only at the end of the file."""
+        left = max(0, self._size - self._at)
+        count = left if count is None or count < 0 else min(count, left)
+        begin = self._size - TAIL
+        if self._at >= begin:
+            # Looking for the table of contents jumps about near the end.
+            if not self._tail:
+                self._tail = self._tries.until_it_works(lambda: self._read(max(0, begin), min(TAIL, self._size)))
+            data = self._tail[self._at - max(0, begin) :][:count]
+        else:
+            data = self._tries.until_it_works(lambda: self._read(self._at, count))
+        self._tries.check_deadline()
+        self._at += len(data)
+        return data
+
+    def close(self) -> None:
+        self._disconnect()
+        super().close()
+
+    def _read(self, at: int, count: int) -> bytes:
+        """One try."""
+        try:
+            if not 0 <= at - self._next <= GAP or at + count > self._end:
+                self._connect(at, count)
+            self._take(at - self._next)
+            return self._take(count)
+        except BaseException:
+            self._disconnect()
+            raise
+
+    def _take(self, count: int) -> bytes:
+        """The next bytes of the connection."""
+        pieces: list[bytes] = []
+        left = count
+        while left:
+            self._buffer = self._buffer or next(self._chunks, b"")
+            if not self._buffer:
+                raise Passing("the connection ended early")
+            pieces.append(self._buffer[:left])
+            self._buffer = self._buffer[left:]
+            left -= len(pieces[-1])
+        self._next += count
+        return b"".join(pieces)
+
+    def _connect(self, at: int, count: int) -> None:
+        """Asks for what is read now and, where it is planned, for what is read after it."""
+        self._disconnect()
+        end = max([at + count, *(end for begin, end in self._runs if begin <= at < end)])
+        response = self._open.enter_context(stream(self._source, self._remote, at, end - 1, self._tries.patience.stall))
+        hf_raise_for_status(response)
+        if response.status_code == 200:
+            raise _NoRanges
+        if not continues(response, at):
+            raise Passing("the hub sent another part than was asked for")
+        self._chunks = response.iter_bytes()
+        self._next, self._end = at, end
+
+    def _disconnect(self) -> None:
+        self._open.close()
+        self._chunks, self._buffer = iter(()), b""
+        self._next = self._end = -1
+
+
+def runs_of(wanted: Sequence[zipfile.ZipInfo], opened: zipfile.ZipFile) -> list[tuple[int, int]]:
+    """The stretches of an archive that hold the wanted members; small gaps are bridged."""
+    begins = sorted({member.header_offset for member in opened.infolist()} | {opened.start_dir})
+    following = dict(pairwise(begins))
+    runs: list[tuple[int, int]] = []
+    for begin in sorted(member.header_offset for member in wanted):
+        end = following[begin]
+        if runs and begin - runs[-1][1] <= GAP:
+            runs[-1] = (runs[-1][0], end)
+        else:
+            runs.append((begin, end))
+    return runs

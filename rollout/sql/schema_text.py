@@ -60,6 +60,7 @@ class Table:
     columns: tuple[Column, ...]
     key: tuple[str, ...] = ()
     foreign_keys: tuple[ForeignKey, ...] = ()
+    schema: str = ""  # empty for the one that needs not be named
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,9 @@ class Dialect:
         """A table's or column's name as it has to be written in SQL."""
         plain = _PLAIN_NAME.fullmatch(name) and name.lower() not in self.reserved
         return name if plain else '"' + name.replace('"', '""') + '"'
+
+    def table(self, schema: str, name: str) -> str:
+        return f"{self.name(schema)}.{self.name(name)}" if schema else self.name(name)
 
     def names(self, names: Sequence[str]) -> str:
         return ", ".join(map(self.name, names))
@@ -94,6 +98,17 @@ notnull null on or order outer primary raise references returning right select s
 union unique update using values when where
 """
 SQLITE = Dialect(frozenset(_SQLITE_RESERVED.split()))
+# DuckDB's reserved words, and those that it takes for a type or function only.
+_DUCKDB_RESERVED = """
+all analyse analyze and anti any array as asc asof asymmetric at authorization binary both by case cast check collate
+collation column concurrently constraint create cross default deferrable desc describe distinct do else end except
+false fetch for foreign freeze from full glob group having ilike in initially inner intersect into is isnull join
+lambda lateral leading left like limit natural not notnull null offset on only or order outer overlaps pivot
+pivot_longer pivot_wider placing positional primary qualify references returning right select semi show similar some
+summarize symmetric table tablesample then to trailing true union unique unpack unpivot using variadic verbose when
+where window with
+"""
+DUCKDB = Dialect(frozenset(_DUCKDB_RESERVED.split()), literal_types=True)
 
 
 class Detail(NamedTuple):
@@ -155,7 +170,7 @@ class SchemaText:
             kept = self.dialect.names([columns[index].name for index in sorted(order[:count])])
             left = len(order) - count
             more = f" -- and {_count(left, 'more column')}" if left else ""
-            return escape(f"{self.dialect.name(table.name)}({kept})") + more + tail
+            return escape(f"{self.dialect.table(table.schema, table.name)}({kept})") + more + tail
 
         line = text(max(1, _most(len(order), lambda n: self.fits(text(n)))))
         return line if self.fits(line) else line[: _most(len(line), lambda n: self.fits(line[:n]))]
@@ -171,13 +186,15 @@ def create_table(table: Table, detail: Detail, dialect: Dialect) -> str:
     if len(table.key) > 1:
         definitions.append((f"PRIMARY KEY ({dialect.names(table.key)})", ""))
     for key in table.foreign_keys:
-        parent = dialect.name(key.parent) + (f"({dialect.names(key.parent_columns)})" if key.parent_columns else "")
+        parent = dialect.table(table.schema, key.parent) + (
+            f"({dialect.names(key.parent_columns)})" if key.parent_columns else ""
+        )
         definitions.append((f"FOREIGN KEY ({dialect.names(key.columns)}) REFERENCES {parent}", ""))
     lines = []
     for number, (definition, comment) in enumerate(definitions, 1):
         comma = "," if number < len(definitions) else ""
         lines.append("  " + escape(definition) + comma + (f" -- {comment}" if comment else ""))
-    return f"CREATE TABLE {escape(dialect.name(table.name))} (\n" + "\n".join(lines) + "\n);"
+    return f"CREATE TABLE {escape(dialect.table(table.schema, table.name))} (\n" + "\n".join(lines) + "\n);"
 
 
 def _comment(column: Column, detail: Detail) -> str:
@@ -197,13 +214,16 @@ def _sample(value: Cell) -> str:
 
 
 def _line(table: Table, dialect: Dialect) -> str:
-    return escape(f"{dialect.name(table.name)}({dialect.names([column.name for column in table.columns])})")
+    return escape(
+        f"{dialect.table(table.schema, table.name)}({dialect.names([column.name for column in table.columns])})"
+    )
 
 
 def _links(table: Table, dialect: Dialect) -> list[str]:
     return [
         escape(
-            f"-- {dialect.name(table.name)}({dialect.names(key.columns)}) refers to {dialect.name(key.parent)}"
+            f"-- {dialect.table(table.schema, table.name)}({dialect.names(key.columns)}) refers to "
+            + dialect.table(table.schema, key.parent)
             + (f"({dialect.names(key.parent_columns)})" if key.parent_columns else "")
         )
         for key in table.foreign_keys

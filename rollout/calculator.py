@@ -23,7 +23,8 @@ from rollout.environment import Environment, StepResult
 from rollout.types import Task, Turn
 
 PROMPT = """{question}
-Write <calc>EXPRESSION</calc> to use a calculator, and <answer>NUMBER</answer> when you know the answer."""
+You may use a calculator: write a sum, for example <calc>3 * (4 + 5)</calc>, and read its value.
+When you know the answer, write it, for example <answer>27</answer>."""
 OPERATORS: dict[type[ast.AST], Callable[..., Fraction]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,

@@ -61,11 +61,14 @@ class Hub:
             server.server_close()
 
 
-@contextmanager
-def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub, and an environment that neither names another hub nor holds a token or proxy."""
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other hub, token or proxy than the test's."""
     for name in ("HF_ENDPOINT", "HF_TOKEN", "HTTPS_PROXY", "HTTP_PROXY", "http_proxy", "https_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
+
+
+@contextmanager
+def running() -> Iterator[Hub]:
     hub = Hub()
     try:
         yield hub

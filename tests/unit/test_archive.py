@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_standin import Fault, Hub, Usage, running, tree
+from hub_standin import Fault, Hub, Usage, clean_environment, running, tree
 
 from rollout.errors import UserError
 from sqlrl_jax.data import archive as archive_module
@@ -180,7 +180,8 @@ SPIDER = {name: content for name, content in REMOTE.items() if name.startswith("
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with running(monkeypatch) as hub:
+    clean_environment(monkeypatch)
+    with running() as hub:
         yield hub
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_standin import Fault, Hub, Usage, etag, running
+from hub_standin import Fault, Hub, Usage, clean_environment, etag, running
 from rich.console import Console
 
 from rollout.errors import UserError
@@ -26,7 +26,8 @@ QUICK = Patience(longest_wait=0.01, stall=5.0)
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with running(monkeypatch) as hub:
+    clean_environment(monkeypatch)
+    with running() as hub:
         hub.put(REPO, "data.zip", BIG)
         hub.put(REPO, "sub/readme.md", b"hello\n", large=False)
         yield hub

@@ -51,7 +51,13 @@ class WorkerProcess:
     `arguments` follow the Python program's name (see `boot`). OSError if the process can't be started.
     """
 
-    def __init__(self, arguments: Sequence[str], settings: Frame, stall_seconds: float = STALL_SECONDS) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        settings: Frame,
+        stall_seconds: float = STALL_SECONDS,
+        pass_fds: Sequence[int] = (),
+    ) -> None:
         import subprocess  # here, because workers import this file and would pay for it at every start
 
         self._process = subprocess.Popen(
@@ -61,6 +67,7 @@ class WorkerProcess:
             bufsize=0,
             cwd="/",
             start_new_session=True,  # Ctrl-C is for the parent
+            pass_fds=pass_fds,
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -74,12 +81,19 @@ class WorkerProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def ask(self, request: Frame) -> Frame:
-        """One request, one reply. Raises Died or Stalled; the worker is then of no more use but to be buried."""
+    def ask(self, request: Frame, patience: float = 0.0, on_silence: Callable[[], None] | None = None) -> Frame:
+        """One request, one reply. Raises Died or Stalled; the worker is then of no more use but to be buried.
+
+        `on_silence` is called once if there is no answer after `patience` seconds.
+        """
         if self._settings is not None:
-            self._exchange(self._settings)
+            self._send(self._settings)
+            self._receive()
             self._settings = None
-        return self._exchange(request)
+        self._send(request)
+        if on_silence is not None and not self._poll.poll(patience * 1000):
+            on_silence()
+        return self._receive()
 
     def kill(self) -> None:
         """Ends the process at once; a thread that waits for its answer gets Died."""
@@ -97,19 +111,23 @@ class WorkerProcess:
             self._process.kill()
             return self._process.wait()
 
-    def _exchange(self, request: Frame) -> Frame:
+    def _send(self, request: Frame) -> None:
         data = memoryview(frame(request))
         try:
             while data:
                 data = data[os.write(self._stdin.fileno(), data) :]
         except OSError:
             raise Died from None
-        reply = bytearray(self._read())
+
+    def _receive(self) -> Frame:
+        reply: bytes | bytearray = self._read()
         while len(reply) < 8:
             reply += self._read()
         size = 8 + int.from_bytes(reply[:8], "little")
-        while len(reply) < size:
-            reply += self._read()
+        if len(reply) < size:
+            reply = bytearray(reply)
+            while len(reply) < size:
+                reply += self._read()
         content: Frame = marshal.loads(memoryview(reply)[8:])
         return content
 
@@ -164,7 +182,7 @@ def read_frame(stream: BinaryIO) -> Frame | None:
 
 def frame(content: Frame) -> bytes:
     """A tuple of plain values as it goes over the pipe."""
-    body = marshal.dumps(content)
+    body = marshal.dumps(content, 2)  # the later formats look for equal objects, which takes longer
     return len(body).to_bytes(8, "little") + body
 
 

@@ -18,8 +18,9 @@ MAX_RESULT_ROWS = 100_000
 MAX_RESULT_BYTES = 64_000_000
 
 # Status, columns, rows, truncated, observation, error, CPU seconds. The status is ok, denied, error or timeout; "broken"
-# says, in the error, that the database or this program is at fault and not the query.
-Reply = tuple[str, tuple[str, ...], list[tuple[Cell, ...]], bool, str, str, float]
+# says, in the error, that the database or this program is at fault and not the query. An observation of None stands for
+# what rollout.sql.observation makes of the rows.
+Reply = tuple[str, tuple[str, ...], list[tuple[Cell, ...]], bool, str | None, str, float]
 
 
 class Engine(Protocol):

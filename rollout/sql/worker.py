@@ -1,19 +1,24 @@
-"""A SQL worker process: reads queries, gives them to an engine, writes back what came out.
+"""A SQL worker process: reads batches of queries, gives them to an engine, writes back what came out.
 
-A request is (path, URI, SQL, whole result wanted), a reply as rollout.sql.engines tells it.
+A batch is a tuple of (path, URI, SQL, whole result wanted); the answer is a tuple of replies to its first queries, with
+their rows encoded. A batch that takes long or whose answer grows large is left unfinished, and the rest is asked again.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
-from rollout.sql import sandbox
-from rollout.sql.engines import Reply, load
+from rollout.sql.engines import Engine, Reply, load
+from rollout.sql.result import encoded
 from rollout.worker_process import serve
+
+BATCH_SECONDS = 0.02  # after which no further query of a batch is begun
+BATCH_BYTES = 1_000_000
 
 
 def main() -> None:
@@ -21,16 +26,32 @@ def main() -> None:
     serve(_start)
 
 
-def _start(engine_name: str, database_root: str, *settings: Any) -> Callable[..., Reply]:
+def _start(page_file: int, engine_name: str, *settings: Any) -> Callable[..., tuple[Any, ...]]:
     os.environ["TZ"] = "UTC"
     time.tzset()
-    engine = load(engine_name)(*settings, database_root)
-    sandbox.close(database_root)  # last: nothing can be imported afterwards
+    page = mmap.mmap(page_file, mmap.PAGESIZE)
+    os.close(page_file)
+    engine = load(engine_name)(*settings)
 
-    def answer(path: str, uri: str, sql: str, whole: bool) -> Reply:
-        try:
-            return engine.run(path, uri, sql, whole)
-        except Exception:  # a fault of this program must not be scored as the model's
-            return ("broken", (), [], False, "", traceback.format_exc(), 0.0)
+    def answer(*batch: tuple[str, str, str, bool]) -> tuple[Any, ...]:
+        replies: list[tuple[Any, ...]] = []
+        size = 0
+        end = time.monotonic() + BATCH_SECONDS
+        for index, query in enumerate(batch):
+            page[0] = index
+            status, columns, rows, truncated, text, error, seconds = _run(engine, query)
+            data = encoded(rows)
+            size += len(data)
+            replies.append((status, columns, data, truncated, text, error, seconds))
+            if size > BATCH_BYTES or time.monotonic() > end:
+                break
+        return tuple(replies)
 
     return answer
+
+
+def _run(engine: Engine, query: tuple[str, str, str, bool]) -> Reply:
+    try:
+        return engine.run(*query)
+    except Exception:  # a fault of this program must not be scored as the model's
+        return ("broken", (), [], False, "", traceback.format_exc(), 0.0)

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from rollout.sql import sandbox
 from rollout.sql.engines import Engine, Reply, load
 from rollout.sql.result import encoded
 from rollout.worker_process import serve
@@ -32,6 +33,7 @@ def _start(page_file: int, engine_name: str, *settings: Any) -> Callable[..., tu
     page = mmap.mmap(page_file, mmap.PAGESIZE)
     os.close(page_file)
     engine = load(engine_name)(*settings)
+    sandbox.close(settings[-1])  # the database root; last, because nothing can be imported afterwards
 
     def answer(*batch: tuple[str, str, str, bool]) -> tuple[Any, ...]:
         replies: list[tuple[Any, ...]] = []

@@ -3,12 +3,14 @@
 OmniSQL's archive has 22 GB, of which Spider or BIRD is a small part. Its table of contents is read first, by ranges; then
 room is made sure of, and the wanted members are streamed and unpacked one by one, those that lie together by one request.
 Every member's CRC is checked. The archive's own SHA-256 can't be, because it is never seen whole; `download.fetch` does
-that.
+that. The table of contents is kept beside, so that a second call asks for nothing that is there.
 """
 
 from __future__ import annotations
 
 import io
+import json
+import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -22,7 +24,7 @@ from sqlrl_jax.data.archive import ArchiveError, Unpacked, unpack, unpack_member
 from sqlrl_jax.data.disk import disk_errors
 from sqlrl_jax.data.download import fetch
 from sqlrl_jax.data.hub import Patience, Remote, Tries, continues, describe, find, stream
-from sqlrl_jax.data.hub_errors import Passing, Source
+from sqlrl_jax.data.hub_errors import DownloadError, Passing, Source
 from sqlrl_jax.data.progress import Progress, silent
 
 GAP = 1 << 20
@@ -53,14 +55,15 @@ def fetch_members(
         return unpack(whole, folder, prefixes, progress=progress)
     source = find(repo_id, filename, repo_type, revision, endpoint)
     tries = Tries(source, patience or Patience())
-    remote = tries.until_it_works(lambda: describe(source, tries.patience.stall))
     name = PurePosixPath(filename).name
+    contents = Path(folder, f".{name}.contents")
     try:
         with (
-            RemoteFile(source, remote, tries) as file,
-            zipfile.ZipFile(file) as opened,
             disk_errors(Path(folder), ArchiveError),
+            _open(source, tries, contents) as file,
+            zipfile.ZipFile(file) as opened,
         ):
+            file.keep(opened.start_dir)
             return unpack_members(
                 opened,
                 name,
@@ -81,7 +84,11 @@ def fetch_members(
             patience=patience,
         )
         return unpack(path, folder, prefixes, progress=progress)
+    except DownloadError:
+        contents.unlink(missing_ok=True)  # it may be why: look anew the next time
+        raise
     except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+        contents.unlink(missing_ok=True)
         raise ArchiveError(f"{source}: damaged ({error}); look whether the hub has a newer version") from None
     except NotImplementedError as error:
         raise ArchiveError(f"{source}: packed in a way that Python can't read ({error})") from None
@@ -91,23 +98,56 @@ class _NoRanges(Exception):
     """The hub sends whole files only."""
 
 
+def _open(source: Source, tries: Tries, contents: Path) -> RemoteFile:
+    """The archive, with its table of contents where `contents` has it from an earlier call."""
+    known = _known(source, contents)
+    if known:
+        return RemoteFile(source, known[0], tries, contents, known[1])
+    remote = tries.until_it_works(lambda: describe(source, tries.patience.stall))
+    return RemoteFile(source, remote, tries, contents, b"")
+
+
+def _known(source: Source, contents: Path) -> tuple[Remote, bytes] | None:
+    """What RemoteFile.keep wrote, if it is of this archive."""
+    try:
+        first, _, end = contents.read_bytes().partition(b"\n")
+        name, revision, commit, etag, length = json.loads(first)
+    except (OSError, ValueError, TypeError):
+        return None
+    return (Remote(commit, etag, length), end) if (name, revision) == (source.name, source.revision) else None
+
+
 class RemoteFile(io.RawIOBase):
     """A file on a hub that can be read at any place; a connection that breaks is opened again where it broke."""
 
-    def __init__(self, source: Source, remote: Remote, tries: Tries) -> None:
+    def __init__(self, source: Source, remote: Remote, tries: Tries, contents: Path, end: bytes) -> None:
+        """`end` are the file's last bytes, if they are known; `contents` is where they are kept."""
         super().__init__()
         if remote.size is None:
             raise _NoRanges
-        self._source, self._remote, self._tries = source, remote, tries
+        self._source, self._remote, self._tries, self._contents = source, remote, tries, contents
         self._size = remote.size
         self._at = 0
-        self._tail = b""
+        self._tail = end
         self._runs: list[tuple[int, int]] = []
         self._open = ExitStack()
         self._chunks: Iterator[bytes] = iter(())
         self._buffer = b""
         # Where the connection's next byte lies in the file, and where it ends; -1 without one.
         self._next = self._end = -1
+
+    def keep(self, begin: int) -> None:
+        """Remembers the file from `begin` on, here and for the next call."""
+        if len(self._tail) == self._size - begin:
+            return
+        self.seek(begin)
+        self._tail = self.read()
+        remote, source = self._remote, self._source
+        first = json.dumps([source.name, source.revision, remote.commit, remote.etag, remote.size])
+        self._contents.parent.mkdir(parents=True, exist_ok=True)
+        part = self._contents.with_name(self._contents.name + ".part")
+        part.write_bytes(first.encode() + b"\n" + self._tail)
+        os.replace(part, self._contents)
 
     def plan(self, runs: Sequence[tuple[int, int]]) -> None:
         """Says which (begin, end) will be read from begin to end, so that each is one request."""
@@ -130,14 +170,13 @@ class RemoteFile(io.RawIOBase):
         """Exactly `count` bytes, fewer only at the end of the file."""
         left = max(0, self._size - self._at)
         count = left if count is None or count < 0 else min(count, left)
-        begin = self._size - TAIL
-        if self._at >= begin:
+        if not self._tail and self._at >= self._size - TAIL:
             # Looking for the table of contents jumps about near the end.
-            if not self._tail:
-                self._tail = self._tries.until_it_works(lambda: self._read(max(0, begin), min(TAIL, self._size)))
-            data = self._tail[self._at - max(0, begin) :][:count]
-        else:
-            data = self._tries.until_it_works(lambda: self._read(self._at, count))
+            length = min(TAIL, self._size)
+            self._tail = self._tries.until_it_works(lambda: self._read(self._size - length, length))
+        into = self._at - (self._size - len(self._tail))
+        here = into >= 0
+        data = self._tail[into:][:count] if here else self._tries.until_it_works(lambda: self._read(self._at, count))
         self._tries.check_deadline()
         self._at += len(data)
         return data

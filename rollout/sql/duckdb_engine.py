@@ -158,7 +158,9 @@ class DuckDBEngine:
             damage = self._damage(path)
             if damage:
                 return self._reply("broken", error=f"database {path} can't be read: {damage}")
-        message = "the statement is not valid Unicode text" if isinstance(error, UnicodeError) else _message(error)
+        message = _message(error)
+        if "cannot encode str as UTF-8" in message:
+            message = "the statement is not valid Unicode text"
         return self._reply("error", error=message.replace(path, "the database"))
 
     def _damage(self, path: str) -> str:

@@ -11,6 +11,7 @@ Left out: limits of memory, files and network. An environment is trusted code; o
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -57,8 +58,8 @@ class Host:
         self._stall = environment.stall_timeout
         own = str(Path(environment.path).expanduser().resolve())
         # The user's folder comes last: a file of theirs named like a standard module must not replace that.
-        search = dict.fromkeys([*(os.path.abspath(folder) for folder in sys.path), PACKAGE_ROOT])
-        self._arguments = ["-c", _BOOT, json.dumps([*(folder for folder in search if folder != own), own])]
+        search = dict.fromkeys([*(os.path.abspath(folder) for folder in sys.path), PACKAGE_ROOT, own])
+        self._arguments = ["-c", _BOOT, json.dumps(list(search))]
         self._settings = (os.getcwd(), config.model_dump_json())
         self._keys = itertools.count()
         self._lock = threading.Lock()
@@ -88,8 +89,9 @@ class Host:
         try:
             reply = worker.ask(request)
         except Stalled:
-            os.kill(worker.pid, signal.SIGUSR1)  # it writes where it stands into the log
-            time.sleep(0.1)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker.pid, signal.SIGUSR1)  # it writes where it stands into the log
+                time.sleep(0.1)
             self._bury(slot)
             raise InfrastructureError(
                 f"{what}: neither answers nor computes for {self._stall:g} s (environment.stall_timeout)"
@@ -107,11 +109,14 @@ class Host:
         """Ends all workers. Calls still running end with an InfrastructureError in their threads."""
         self._closed = True
         for slot in self._slots:
-            worker = slot.worker
-            if worker is not None:
-                worker.kill()
-            with slot.lock:
+            while not slot.lock.acquire(timeout=0.1):  # a call is running
+                worker = slot.worker
+                if worker is not None:
+                    worker.kill()
+            try:
                 self._bury(slot)
+            finally:
+                slot.lock.release()
 
     def worker_pids(self) -> list[int]:
         """Process ids of the workers that live now."""
@@ -149,6 +154,8 @@ class Host:
         if self._closed:
             return "the environments were closed"
         how = f"exit status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
+        if status == -signal.SIGKILL:
+            how += " (was there too little memory?)"
         return f"its worker process ended with {how}"
 
 

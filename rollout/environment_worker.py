@@ -62,7 +62,7 @@ class Worker:
 
     def _open(self) -> Frame:
         try:
-            self._class = load_class(self._name)
+            self._class = load_class(self._name, Path(self._config.environment.path).expanduser().resolve())
         except UserError as error:
             return ("unusable", str(error))
         try:
@@ -171,8 +171,11 @@ def _reason(error: BaseException) -> str:
     return f"{text} ({Path(own[-1].filename).name}, line {own[-1].lineno}, in {own[-1].name})"
 
 
-def load_class(name: str) -> type[Environment]:
-    """The environment class that `environment.env_class` names. Raises UserError saying what is wrong and what is near."""
+def load_class(name: str, folder: Path) -> type[Environment]:
+    """The environment class that `environment.env_class` names; `folder` is environment.path.
+
+    Raises UserError saying what is wrong and what is near.
+    """
     key = f"environment.env_class = {name!r}"
     module_name, _, class_name = BUILT_IN.get(name, name).partition(":")
     if not module_name or not class_name:
@@ -182,7 +185,7 @@ def load_class(name: str) -> type[Environment]:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise UserError(f"{key}: {_missing(module_name, str(error.name))}") from error
+        raise UserError(f"{key}: {_missing(module_name, str(error.name), folder)}") from error
     except SyntaxError as error:
         raise UserError(f"{key}: {error.filename}, line {error.lineno}: {error.msg}") from error
     except (Exception, SystemExit) as error:
@@ -199,14 +202,14 @@ def load_class(name: str) -> type[Environment]:
     raise UserError(f"{where} has no class {class_name}{_mean([f'{module_name}:{n}' for n in near])}")
 
 
-def _missing(module_name: str, missing: str) -> str:
+def _missing(module_name: str, missing: str, folder: Path) -> str:
     if module_name != missing and not module_name.startswith(missing + "."):
         return f"{module_name} needs the package {missing}, which is not installed; install it for {sys.executable}"
     parent, _, leaf = missing.rpartition(".")
-    folders = [Path(folder, *parent.split(".")) if parent else Path(folder) for folder in sys.path]
+    folders = [Path(entry, *parent.split(".")) if parent else Path(entry) for entry in sys.path]
     known = {f.stem for d in folders if d.is_dir() for f in d.iterdir() if f.suffix == ".py" or f.is_dir()}
     near = [".".join(filter(None, (parent, n))) for n in difflib.get_close_matches(leaf, known, n=1)]
-    return f"there is no module {missing} in {sys.path[-1]} (environment.path), on PYTHONPATH or installed{_mean(near)}"
+    return f"there is no module {missing} in {folder} (environment.path), on PYTHONPATH or installed{_mean(near)}"
 
 
 def _mean(near: Sequence[str]) -> str:
@@ -224,6 +227,7 @@ def _watch_parent(fd: int) -> None:
 def _start(folder: str, config_json: str) -> Any:
     sys.stdin = open(os.devnull)  # noqa: SIM115
     os.chdir(folder)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     faulthandler.enable()  # a crash or a killed call leaves its stack in the service's log
     faulthandler.register(signal.SIGXCPU, all_threads=False, chain=True)
     faulthandler.register(signal.SIGUSR1)

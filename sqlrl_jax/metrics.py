@@ -33,12 +33,13 @@ def rollout_metrics(episodes: Sequence[Trajectory]) -> dict[str, float]:
     """Means over the episodes of one training step; empty for no episodes."""
     if not episodes:
         return {}
-    groups = [[e.reward for e in group] for group in by_task(episodes).values()]
+    asked = by_task(episodes).values()
+    groups = [[e.reward for e in group] for group in asked]
     queries = [turn for e in episodes for turn in e.turns if turn.sql and turn.status != "solution"]
     sampled = sum(sum(e.loss_mask) for e in episodes)
     out = {
         "reward/avg_raw_reward": _mean(e.reward for e in episodes),
-        "reward/avg_pass_at_n": _mean(max(rewards) > 0 for rewards in groups),
+        "reward/avg_pass_at_n": _mean(any(e.outcome == "correct" for e in group) for group in asked),
         "reward/groups_with_spread": _mean(max(rewards) > min(rewards) for rewards in groups),
         "generate/episodes": float(len(episodes)),
         "generate/tokens": float(sampled),

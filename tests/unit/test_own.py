@@ -113,6 +113,8 @@ def test_originals_in_every_state_are_copied_and_left_as_they_are(tmp_path: Path
     prepared = prepare_own(folder, asked, tmp_path / "out")
     assert tree(folder) == before
     assert [count(prepared, name) for name in ("plain", "clean_log", "left_log")] == [3, 3, 5]
+    copies = (tmp_path / "out" / "databases").rglob("*.sqlite")
+    assert {copy.read_bytes()[18:20] for copy in copies} == {b"\1\1"}, "without a log that would be written beside them"
     files = sorted(tree(tmp_path / "out" / "databases"))
     assert files == [f"{name}/{name}.sqlite" for name in ("clean_log", "left_log", "plain")]
 

@@ -132,6 +132,13 @@ def test_splits_are_disjoint_whole_and_repeatable(groups: list[tuple[str, str]],
     assert split(tasks, 0, seed) == (tasks, [])
 
 
+@given(st.lists(st.sampled_from(["SELECT 1", "select  1;", "x", "y", "z"]), min_size=2, max_size=20), st.integers(0, 5))
+def test_the_same_sql_stays_together(texts: list[str], seed: int) -> None:
+    train, valid = split(make_tasks([("a", text) for text in texts]), 0.4, seed)
+    parts = [{" ".join(t.fields["gold_sql"].lower().split()).rstrip(";") for t in part} for part in (train, valid)]
+    assert not parts[0] & parts[1]
+
+
 def test_a_split_is_close_to_its_share() -> None:
     tasks = make_tasks([("a", f"SELECT {i}") for i in range(200)])
     assert len(split(tasks, 0.2, 0)[1]) == 40

@@ -31,6 +31,8 @@ from rollout.types import Task
 from rollout.worker_process import Frame, serve
 from sqlrl_jax.config import Config
 
+MAX_TEXT_CHARS = 1_000_000  # of a prompt or an observation; encoding more would hold up the service
+
 
 class BadResult(Exception):
     """An environment returned something unusable; the message says what was expected."""
@@ -152,8 +154,8 @@ def _number(value: object, name: str) -> float:
 
 
 def _sendable(text: str) -> str:
-    """A plain str without lone surrogates, which neither tokenizers nor protobuf take."""
-    return text.encode("utf-8", "replace").decode()
+    """A plain str without lone surrogates, which neither tokenizers nor protobuf take, and not longer than any context."""
+    return text[:MAX_TEXT_CHARS].encode("utf-8", "replace").decode()
 
 
 def _shown(value: object) -> str:

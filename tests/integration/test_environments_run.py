@@ -76,7 +76,7 @@ def launch(folder: Path, run_dir: str, *more: str) -> subprocess.CompletedProces
 
 
 def test_failures_are_played_again_and_a_timeout_is_an_outcome(tmp_path: Path) -> None:
-    done = launch(tmp_path, "run", "environment.env_class=misbehaving:Flaky")
+    done = launch(tmp_path, "run", "environment.env_class=misbehaving:Flaky", "generator.sampling_params.stop=[]")
     assert done.returncode == 0, done.stdout + done.stderr
     assert {"crash", "raise", "burn"} <= {path.name for path in tmp_path.iterdir()}
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -20,7 +20,7 @@ from rollout.chat import Chat, load_tokenizer
 from rollout.engine.scripted import ScriptedEngine
 from rollout.environment import Environment, EnvironmentFactory, StepResult, make_environment_factory
 from rollout.environment_host import Host
-from rollout.environment_worker import BadResult, checked_messages, checked_step
+from rollout.environment_worker import MAX_TEXT_CHARS, BadResult, checked_messages, checked_step
 from rollout.episode import EpisodeSettings, run_batch
 from rollout.errors import InfrastructureError, UserError
 from rollout.types import SamplingParams, Task, Turn
@@ -84,6 +84,7 @@ class Game(Environment):
     def where(self): return StepResult(os.getcwd())
     def process(self): return StepResult(str(os.getpid()))
     def half(self): return StepResult("\\ud800 half")
+    def endless(self): return StepResult("x" * 50_000_000)
 
 class Plain:
     pass
@@ -302,6 +303,7 @@ def test_paths_are_the_services(start: Callable[..., Environment]) -> None:
 
 def test_text_that_cannot_be_sent_is_mended(start: Callable[..., Environment]) -> None:
     assert start().step("half", 1).observation == "? half"
+    assert start().step("endless", 1).observation == "x" * MAX_TEXT_CHARS
 
 
 @pytest.mark.parametrize(

@@ -40,13 +40,14 @@ def gold(rows: list[Row], columns: list[int] | None = None, ignore_order: bool =
         ([(2, "b"), (1, "a")], gold([(1, "a"), (2, "b")]), False),
         ([(2, "b"), (1, "a")], gold([(1, "a"), (2, "b")], ignore_order=True), True),
         ([(1, "b"), (2, "a")], gold([(1, "a"), (2, "b")], ignore_order=True), True),  # as published: column by column
-        ([(1.004,), (2.0,)], gold([(1.0,), (2.0,)]), True),
-        ([(1.02,), (2.0,)], gold([(1.0,), (2.0,)]), False),
+        ([(1.009,), (2.0,)], gold([(1.0,), (2.0,)]), True),
+        ([(1.015,), (2.0,)], gold([(1.0,), (2.0,)]), False),
         ([(9,), (10,)], gold([(10.0,), (9.0,)], ignore_order=True), True),
         ([("1",), ("2",)], gold([(1,), (2,)]), True),  # a CSV file does not tell numbers from texts
         ([("1",), ("x",)], gold([(1,), ("x",)]), True),
         ([(None,), (1,)], gold([(None,), (1,)]), True),
         ([("NULL",), (1,)], gold([(None,), (1,)]), True),
+        ([("NA",), (1.001,)], gold([("n/a",), (1,)]), True),
         ([(0,), (1,)], gold([(None,), (1,)]), False),
         ([(1,), (1,)], gold([(1,)]), False),
         ([], gold([(1,)]), False),
@@ -100,7 +101,7 @@ def results(draw: st.DrawFn) -> tuple[list[Row], list[Row], list[int], bool]:
     return predicted, wanted, draw(st.lists(st.integers(0, width - 1), unique=True)), draw(st.booleans())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(results())
 def test_agrees_with_the_published_comparison(case: tuple[list[Row], list[Row], list[int], bool]) -> None:
     predicted, wanted, columns, ignore_order = case

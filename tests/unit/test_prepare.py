@@ -186,6 +186,7 @@ def test_sample(root: Path, tmp_path: Path, capfd: Any) -> None:
         ({"question": "half \ud83d"}, "field question: holds half of a surrogate pair"),
         ({"db_id": ["pets_1"]}, "field db_id: expected text, found list"),
         ({"db_id": "nowhere"}, "nowhere/nowhere.sqlite does not exist"),
+        ({"db_id": ".."}, "field db_id: '..' is not a plain name"),
         ({"db_id": "../database/pets_1"}, "field db_id: '../database/pets_1' is not a plain name"),
     ],
 )

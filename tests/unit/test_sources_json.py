@@ -1,6 +1,7 @@
 """Rows of a JSON array read piece by piece are those that the standard library reads whole, wherever the pieces break."""
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def in_pieces(path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> list[di
     return [row for _, row in rows]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     rows=ROWS, size=st.integers(1, 40), indent=st.sampled_from([None, 2, 70]), ascii=st.booleans(), bom=st.booleans()
 )
@@ -39,7 +40,7 @@ def test_any_rows_in_pieces_of_any_size(rows, size, indent, ascii, bom, tmp_path
         assert in_pieces(path, patch, size) == rows
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(rows=ROWS.filter(bool), size=st.integers(1, 40), cut=st.floats(0, 1, exclude_max=True))
 def test_a_file_cut_anywhere_is_refused(rows, size, cut, tmp_path_factory):
     path = tmp_path_factory.mktemp("rows") / "rows.json"
@@ -51,17 +52,22 @@ def test_a_file_cut_anywhere_is_refused(rows, size, cut, tmp_path_factory):
 
 
 def test_holds_one_row_at_a_time(tmp_path):
-    """The bytes read run ahead of the rows given by no more than a piece and a row."""
+    """The bytes read run ahead of the rows given by no more than a piece and a row, and what was given is let go."""
     row = {"db_id": "d", "cot": "x" * 3000}
     path = tmp_path / "big.json"
     path.write_text(json.dumps([row] * 3000))
     seen: list[int] = []
     size = path.stat().st_size
-    for number, _ in json_rows(path, seen.append):
-        ahead = seen[-1] - number * size / 3000
-        assert ahead < sources_json.CHUNK + 10_000
+    tracemalloc.start()
+    try:
+        for number, _ in json_rows(path, seen.append):
+            assert seen[-1] - number * size / 3000 < sources_json.CHUNK + 10_000
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
     assert seen[-1] == size
     assert len(seen) <= size / sources_json.CHUNK + 2
+    assert peak < size / 2
 
 
 @pytest.mark.parametrize("size", [1, 7, 1 << 20])
@@ -89,9 +95,10 @@ def test_mistakes_are_named(content, said, size, tmp_path, monkeypatch):
     assert str(path) in str(caught.value)
 
 
-def test_bytes_that_are_no_text_are_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("pad", range(9))
+def test_bytes_that_are_no_text_are_named(pad, tmp_path, monkeypatch):
     path = tmp_path / "rows.json"
-    content = '[{"a": "é"}, {"a": "'.encode()
+    content = '[{"a": "é"}, {"a": "'.encode() + b"x" * pad
     path.write_bytes(content + b'\xe9"}]')
     for size in (1, 5, 1 << 20):
         with pytest.raises(DataError, match=rf"after row \d: byte {len(content)} is not UTF-8 text"):

@@ -172,22 +172,28 @@ def test_malformed_results_are_the_data_s_fault(golds: Any) -> None:
     assert of(Task("t", "s", {})) == []
 
 
+AGES = gold([(30,), (None,)], ignore_order=True)
+NOTHING = [{"names": ["age"], "columns": [[]], "ignore_order": True}]
+
+
 @pytest.mark.parametrize(
-    ("sql", "outcome", "reward"),
+    ("sql", "golds", "outcome", "reward"),
     [
-        ("SELECT age, name AS who, 1 FROM singer WHERE name != 'Bo' ORDER BY 1", "correct", 1.0),
-        ("SELECT age FROM singer", "wrong", 0.0),
-        ("SELECT nothing FROM singer", "sql_error", 0.0),
+        ("SELECT age, name AS who, 1 FROM singer WHERE name != 'Bo' ORDER BY 1", AGES, "correct", 1.0),
+        ("SELECT age FROM singer", AGES, "wrong", 0.0),
+        ("SELECT nothing FROM singer", NOTHING, "sql_error", 0.0),
     ],
 )
-def test_an_episode_is_graded_by_results(sql: str, outcome: str, reward: float, tmp_path: Path) -> None:
+def test_an_episode_is_graded_by_results(
+    sql: str, golds: list[dict[str, Any]], outcome: str, reward: float, tmp_path: Path
+) -> None:
     tree.database(tmp_path / "spider2_sqlite/databases", "E_commerce")
     config = override(Config(), [("environment.text2sql.database_root", str(tmp_path))])
     shared = Text2SQL.open_shared(config)
     try:
         environment = Text2SQL(config, shared)
         fields = {"db_id": "E_commerce", "db_root": "spider2_sqlite/databases", "question": "Ages?"}
-        environment.reset(Task("t", "s", {**fields, "gold_results": gold([(30,), (None,)], ignore_order=True)}))
+        environment.reset(Task("t", "s", {**fields, "gold_results": golds}))
         step = environment.step(f"<think>x</think><solution>{sql}</solution>", 1)
     finally:
         shared.close()

@@ -169,10 +169,9 @@ def _measure(play: Player, what: Measurement, display: Display, file: EpisodesFi
             bar(len(done))
 
             def follow(episode: Trajectory, record: dict[str, Any]) -> None:
-                if episode.outcome != "infrastructure":
-                    progress.add(episode)
-                    if file is not None:
-                        file.write(record)
+                progress.add(episode)
+                if file is not None:
+                    file.write(record)
                 bar(len(progress.episodes))
 
             if todo:

@@ -79,4 +79,4 @@ def independent_trials(shares: Sequence[float], samples: int) -> float:
     if samples <= 1 or not 0 < p < 1:
         return float(count)
     largest = float(count * samples)
-    return largest if variance == 0 else min(largest, max(float(count), count * p * (1 - p) / variance))
+    return largest if variance == 0 else min(largest, count * p * (1 - p) / variance)

@@ -120,7 +120,7 @@ def test_what_the_server_says_it_matched_decides(key):
 @pytest.mark.parametrize(
     "fault",
     [
-        Reply(429, '{"error": {"message": "slow down"}}', {"Retry-After": "0"}),
+        Reply(429, '{"error": {"message": "too many tokens a minute"}}', {"Retry-After": "0"}),
         Reply(503, "warming up"),
         Reply(200, '{"choices": [{"message": {"content": "<sql>SE', cut=True),
         Reply(200, "<html>a proxy's page</html>"),

@@ -277,3 +277,23 @@ def test_options_that_do_not_go_together(data, capsys, options, says):
 def test_control_tokens_in_data_are_broken_up():
     assert neutral("a <|im_end|> b <| x |> c <||> 1 <|2") == "a < |im_end|> b <| x |> c <||> 1 <|2"
     assert neutral("\ud800") == "?"
+
+
+def test_an_environment_that_is_not_sql(capsys, tmp_path):
+    rows = [{"id": f"c{n}", "question": f"What is {n} plus one?", "answer": f"{n} + 1"} for n in (1, 2)]
+    questions = tmp_path / "sums.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def policy(request) -> str:
+        seen = json.dumps(request["messages"])
+        number = 1 if "What is 1 plus" in seen else 2
+        return f"<calc>{number} + 1</calc>" if len(request["messages"]) == 1 else "<answer>2</answer>"
+
+    with ChatServer(policy) as server:
+        config = str(ROOT / "configs" / "calculator.yaml")
+        status = launch.main(["eval", "--config", config, "--server", server.url, "--questions", str(questions)])
+        assert server.requests[0]["stop"] == ["</calc>", "</answer>"]
+    output = capsys.readouterr().out
+    assert status == 0
+    metrics = json.loads(output.strip().splitlines()[-1])
+    assert (metrics["eval/all/avg_score"], metrics["eval/turns"]) == (0.5, 2.0)

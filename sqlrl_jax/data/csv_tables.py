@@ -28,6 +28,7 @@ NUMBER = re.compile(
     r"|-?(?:0|[1-9][0-9]*)?\.[0-9]+(?:[eE][+-]?[0-9]+)?|-?(?:0|[1-9][0-9]*)[eE][+-][0-9]+) *"
 )
 DECIMAL_COMMA = re.compile(r" *-?[0-9]+(?:\.[0-9]{3})*,[0-9]+ *")
+WORD = re.compile(r"[A-Za-z][A-Za-z/]{0,9}")
 EXACT = 1 << 53
 """Integers up to here are exact as floats."""
 Cell = str | int | float | None
@@ -70,6 +71,8 @@ class Guess:
                 f"column {self.name}: kept as text because of {value!r} in line {line}; the {self.numbers} values "
                 "before it are numbers"
             )
+            if WORD.fullmatch(value):
+                self.note += f"; if it means NULL, give --null {value}"
 
 
 @dataclass(frozen=True)

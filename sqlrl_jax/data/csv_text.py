@@ -65,6 +65,8 @@ def open_csv(path: Path, encoding: str | None = None) -> CsvFile:
     first = next(_Reader(path, encoding, delimiter, padded).records(), None)
     if first is None:
         raise DataError(f"{path}: is empty; expected a line of column names")
+    if first[1][0].startswith("sep="):
+        raise DataError(f"{path}:1: {first[1][0]!r} is a hint for Excel alone; delete this line")
     return CsvFile(path, encoding, delimiter, padded, tuple(first[1]))
 
 
@@ -176,7 +178,7 @@ def _bad_byte(path: Path, encoding: str) -> str:
                 shown = f"0x{data[error.start]:02X}" if error.start < len(data) else "nothing"
                 return (
                     f"{path}:{line}: byte {byte} ({shown}) is not {encoding.upper().removesuffix('-SIG')}; name the "
-                    "file's encoding (often cp1252) or save it as UTF-8"
+                    "file's encoding (--encoding, often cp1252) or save it as UTF-8"
                 )
             except UnicodeError as error:
                 return f"{path}: is not {encoding.upper()} ({error})"

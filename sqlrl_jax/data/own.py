@@ -71,11 +71,11 @@ def prepare_own(
     if not 0 <= valid < 1:
         raise DataError(f"the share for validation is {valid}; expected 0 or more and less than 1")
     earlier = _earlier(out)
-    originals = find_databases(databases)
+    originals = find_databases(databases, questions)
     _keep_apart(originals, questions, out)
     db_ids = [original.db_id for original in originals]
     tasks, notes = read_questions(questions, db_ids, encoding)
-    check_space(out, sum(o.size * (GROWTH if o.kind == "csv" else 1) for o in originals), "copying the databases")
+    check_space(out, _needed(originals, out), "copying the databases")
     with disk_errors(out, DataError):
         out.mkdir(parents=True, exist_ok=True)
         # First of all: whatever happens from here on, the next call knows the folder as ours.
@@ -101,6 +101,13 @@ def prepare_own(
     )
 
 
+def _needed(originals: Sequence[Original], out: Path) -> int:
+    """Bytes that have to be free: an earlier call's copies go one by one, as the new ones come."""
+    sizes = [o.size * (GROWTH if o.kind == "csv" else 1) for o in originals]
+    earlier = sum(p.stat().st_size for p in (out / "databases").rglob("*") if p.is_file())
+    return max(sum(sizes) - earlier, max(sizes))
+
+
 def _settings(out: Path, validation: bool) -> dict[str, str]:
     """What to give to `launch.py` as key=value."""
 
@@ -120,6 +127,8 @@ def _write_databases(
 ) -> list[str]:
     """Each database is written aside and then put in place whole."""
     folder.mkdir(exist_ok=True)
+    for killed in folder.glob(".part-*"):  # the scratch folder of a call that could not clean up
+        shutil.rmtree(killed)
     notes: list[str] = []
     with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as scratch:
         for original in originals:

@@ -25,6 +25,8 @@ from sqlrl_jax.data.tasks import DataError
 
 SQLITE_SUFFIXES = (".sqlite", ".db", ".sqlite3")
 MAGIC = b"SQLite format 3\0"
+JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
+"""A rollback journal that counts begins so; one that is kept for the next transaction begins with zeros."""
 LOCKED_SECONDS = 30.0
 PAGES = 4096
 
@@ -43,21 +45,23 @@ class Original:
         return sum(file.stat().st_size for file in (*self.files, *logs))
 
 
-def find_databases(path: Path) -> list[Original]:
+def find_databases(path: Path, questions: Path | None = None) -> list[Original]:
     """The databases at `path`, by name. Raises DataError when there are none, or when it is not clear what they are.
 
     A folder may hold SQLite files, or a folder for each database with its SQLite file, or CSV files (one database of
-    that folder's name), or folders of CSV files (a database each).
+    that folder's name), or folders of CSV files (a database each). The file of `questions` may lie among them.
     """
     if not path.exists():
         raise DataError(f"{path}: no such file or folder of databases")
     if path.is_file():
         return [_single(path)]
-    here = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+    here = _inside(path, questions)
     sqlite_files = [p for p in here if _is_sqlite(p)]
     tables = [p for p in here if _is_csv(p)]
     folders = [p for p in here if p.is_dir()]
-    found = [Original(p.stem, "sqlite", (p,)) for p in sqlite_files] + [o for p in folders if (o := _folder(p))]
+    found = [Original(p.stem, "sqlite", (p,)) for p in sqlite_files] + [
+        o for p in folders if (o := _folder(p, questions))
+    ]
     if tables and found:
         raise DataError(
             f"{path}: holds CSV files ({tables[0].name}) and databases ({found[0].files[0].relative_to(path)}); "
@@ -118,9 +122,18 @@ def _single(path: Path) -> Original:
     )
 
 
-def _folder(folder: Path) -> Original | None:
+def _inside(folder: Path, questions: Path | None) -> list[Path]:
+    """What a folder holds, but for hidden files and the questions."""
+    try:
+        found = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder}: can't be read ({error.strerror})") from None
+    return [p for p in found if questions is None or p.resolve() != questions.resolve()]
+
+
+def _folder(folder: Path, questions: Path | None) -> Original | None:
     """The database in a folder of its own: the SQLite file of the folder's name, the only one there, or CSV files."""
-    inside = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    inside = _inside(folder, questions)
     files = [p for p in inside if _is_sqlite(p)]
     named = [p for p in files if p.stem == folder.name] or files
     if len(named) == 1:
@@ -157,9 +170,10 @@ def _copy_sqlite(path: Path, target: Path, progress: Progress) -> None:
     if head != MAGIC:
         what = "is empty" if not head else "is not a SQLite database, or it is encrypted"
         raise DataError(f"{path}: {what}")
-    if _beside(path, "-journal").exists() and _beside(path, "-journal").stat().st_size:
+    journal = _beside(path, "-journal")
+    if journal.exists() and _head(journal).startswith(JOURNAL_MAGIC):
         raise DataError(
-            f"{path}: a program is writing to it, or was interrupted while it did ({path.name}-journal is there); "
+            f"{path}: a program is writing to it, or was interrupted while it did ({journal.name} is there); "
             "close that program, or open the database once with sqlite3, and run again"
         )
     with path.open("rb") as file:

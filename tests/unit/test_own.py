@@ -157,7 +157,10 @@ def test_databases_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: py
     path = sqlite_file(tmp_path / "busy.db")
     with closing(locked(path)):
         assert "locked" in said(path)
-    (tmp_path / "busy.db-journal").write_bytes(b"hot")
+    journal = tmp_path / "busy.db-journal"
+    journal.write_bytes(bytes(512))
+    assert count(prepare(tmp_path, path), "busy") == 3, "a journal that is kept and does not count"
+    journal.write_bytes(bytes.fromhex("d9d505f920a163d7") + bytes(504))
     assert "is writing to it" in said(path)
 
 
@@ -192,6 +195,17 @@ def test_a_folder_of_csv_files_becomes_a_database_that_answers(tmp_path: Path, s
     parts = [read_tasks(path) for path in (*config.data.train_data, *config.data.val_data)]
     assert sorted(t.id for part in parts for t in part) == [t.id for t in tasks]
     assert config.environment.text2sql.database_root == str(tmp_path / "out" / "databases")
+
+
+def test_questions_may_lie_among_the_data(tmp_path: Path, shop: Path) -> None:
+    assert prepare_own(shop, questions_file(shop / "asked.csv", SHOP), tmp_path / "a").databases == ("shop",)
+    with closing(sqlite3.connect(tmp_path / "a/databases/shop/shop.sqlite")) as connection:
+        names = [row[0] for row in connection.execute("SELECT name FROM sqlite_master")]
+    assert names == ["customers", "orders"]
+    path = sqlite_file(tmp_path / "pets" / "pets.db")
+    asked = questions_file(tmp_path / "pets" / "asked.csv", ASKED)
+    assert prepare_own(path.parent, asked, tmp_path / "b").databases == ("pets",)
+    assert prepare_own(tmp_path / "pets", asked, tmp_path / "b").databases == ("pets",)
 
 
 def test_settings_survive_odd_paths(tmp_path: Path, shop: Path) -> None:
@@ -283,6 +297,16 @@ def test_room_and_share_are_checked_first(tmp_path: Path, shop: Path, monkeypatc
     with pytest.raises(UserError, match="copying the databases needs"):
         prepare(tmp_path, shop, SHOP)
     assert not (tmp_path / "out").exists()
+    size = sqlite_file(tmp_path / "dbs" / "a.db").stat().st_size
+    sqlite_file(tmp_path / "dbs" / "b.db")
+    asked = questions_file(tmp_path / "q.csv", [("q", "SELECT 1", "a")], "question,sql,db")
+    free = 2 * size
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(100, 100, free))
+    prepare_own(tmp_path / "dbs", asked, tmp_path / "out")
+    (tmp_path / "out" / "databases" / ".part-killed").mkdir()
+    free = size  # for one database at a time, as the old ones go
+    prepare_own(tmp_path / "dbs", asked, tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out" / "databases").iterdir()) == ["a", "b"]
 
 
 def test_what_is_missing_is_told(tmp_path: Path) -> None:

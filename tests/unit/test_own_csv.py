@@ -87,7 +87,8 @@ def test_surprises_are_told(tmp_path: Path) -> None:
     table, rows = build(tmp_path, "a;b\n1;1,50\n2;2,00\n3;x\nNA;y\n", nulls=())
     assert table.notes == (
         "delimiter: semicolon",
-        "column a: kept as text because of 'NA' in line 5; the 3 values before it are numbers",
+        "column a: kept as text because of 'NA' in line 5; the 3 values before it are numbers; "
+        "if it means NULL, give --null NA",
         "column b: kept as text; '1,50' in line 2 looks like a decimal comma",
     )
     table, rows = build(tmp_path, "a,b\n1,x\nNA,NA\n", nulls=["NA"])
@@ -207,6 +208,7 @@ def test_other_encodings_have_to_be_named(tmp_path: Path) -> None:
         ('a,b\n"x\ny",2\n1,2,3\n', ":4: row 2 has 3 fields"),
         ('a,b\n1,"x\n2,y\n', ":2: a field begins here with a double quote that is not closed"),
         ('a,b\n1,"x"y\n', ":2: a quoted field is followed by other text"),
+        ("sep=;\na;b\n1;2\n", ":1: 'sep=' is a hint for Excel alone"),
         ("a,b\n1,\0\n", ":2: holds a NUL"),
         (",".join(f"c{i}" for i in range(2500)) + "\n", ": SQLite can't hold this table"),
     ],

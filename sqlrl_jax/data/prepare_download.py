@@ -1,15 +1,17 @@
-"""Fetches what public sets need: OmniSQL's archive, of which only their part is unpacked, and SkyRL-SQL's rows.
+"""Fetches what public sets need: their members of OmniSQL's archive, and SkyRL-SQL's rows.
 
-For SkyRL-SQL only the databases that its rows name are unpacked: some hundred of SynSQL-2.5M's 16,000. Left out: the other
-places where single sets are published, whose layouts differ.
+The archive has 22.2 GB, 50 GB unpacked; only the wanted members come over the network, unless it lies at
+`<data>/data.zip` already. For SkyRL-SQL they are the databases that its rows name: some hundred of SynSQL-2.5M's 16,000.
+Left out: the other places where single sets are published, whose layouts differ.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from sqlrl_jax.data.download import fetch, unpack
+from sqlrl_jax.data.download import fetch
 from sqlrl_jax.data.progress import Progress
+from sqlrl_jax.data.remote_archive import fetch_members
 from sqlrl_jax.data.sources import OMNISQL, SKYRL, SKYRL_ROOTS, Source
 from sqlrl_jax.data.sources_skyrl import parquet_rows
 
@@ -19,7 +21,7 @@ INSIDE = "data/"
 
 
 def download(sources: list[Source], data: Path, progress: Progress) -> None:
-    """Puts `<data>/data.zip`, `<data>/data/…` and `<data>/skyrl-sql/*.parquet` in place; what is there already stays."""
+    """Puts `<data>/data/…` and `<data>/skyrl-sql/*.parquet` in place; what is there already stays."""
     members: list[str] = []
     for source in sources:
         if source.skyrl_data:
@@ -27,8 +29,7 @@ def download(sources: list[Source], data: Path, progress: Progress) -> None:
             members += skyrl_members(path)
         else:
             members += source.members
-    archive = fetch(OMNISQL, ARCHIVE, data, progress=progress)
-    unpack(archive, data, tuple(dict.fromkeys(INSIDE + member for member in members)), progress=progress)
+    fetch_members(OMNISQL, ARCHIVE, data, tuple(dict.fromkeys(INSIDE + m for m in members)), progress=progress)
 
 
 def skyrl_members(questions: Path) -> list[str]:

@@ -1,5 +1,6 @@
-"""`launch.py prepare --download` against a hub in miniature: what is fetched, what of it is unpacked, and not twice."""
+"""`launch.py prepare --download` against a hub in miniature: what is fetched, and that it is not fetched twice."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_TOKEN_PATH", "/nowhere")
     root = tree.build(tmp_path / "origin/data")
-    tree.database(root / "SynSQL-2.5M/databases", "not_asked_for")
+    with tree.database(root / "SynSQL-2.5M/databases", "not_asked_for").open("ab") as file:
+        file.write(os.urandom(3_000_000))
     with running() as hub:
         for name in ("train.parquet", "validation.parquet"):
             hub.put(SKYRL, name, (root / "skyrl-sql" / name).read_bytes(), large=False)
@@ -40,7 +42,7 @@ def databases(data: Path) -> set[str]:
     return {path.stem for path in data.rglob("*.sqlite")}
 
 
-def test_only_the_databases_that_rows_name_are_unpacked(hub: Hub, tmp_path: Path, capfd: Any) -> None:
+def test_only_the_databases_that_rows_name_are_fetched(hub: Hub, tmp_path: Path, capfd: Any) -> None:
     data, out = tmp_path / "data", tmp_path / "out"
     assert run(capfd, "skyrl-sql-train", "--download", "--data", data, "--out", out)[0] == 0
     assert databases(data) == {"shop", "pets_1"}
@@ -51,8 +53,16 @@ def test_only_the_databases_that_rows_name_are_unpacked(hub: Hub, tmp_path: Path
     code, text, _ = run(capfd, "spider-dev", "ehrsql", "--download", "--data", data, "--out", out)
     assert code == 0
     assert databases(data) == {"shop", "pets_1", "concert_singer", "mimic_iii"}
-    assert len(hub.requests) == asked
+    assert hub.served < 1_000_000
     assert f"environment.text2sql.database_root={data / 'data'}" in text
+
+
+def test_a_whole_archive_is_used_where_it_lies(hub: Hub, tmp_path: Path, capfd: Any) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "data.zip").write_bytes(hub.files[OMNISQL, "data.zip"])
+    assert run(capfd, "spider-dev", "--download", "--data", data, "--out", tmp_path / "out")[0] == 0
+    assert not hub.requests
 
 
 def test_every_set(hub: Hub, tmp_path: Path, capfd: Any) -> None:
@@ -69,4 +79,4 @@ def test_another_archive_than_expected(hub: Hub, tmp_path: Path, capfd: Any) -> 
     hub.put(OMNISQL, "data.zip", Path(archive).read_bytes())
     code, _, error = run(capfd, "spider-dev", "--download", "--data", tmp_path / "data", "--out", tmp_path / "out")
     assert code == 2
-    assert "error: data.zip: nothing in it begins with data/spider/dev.json" in error
+    assert "data.zip: nothing in it begins with data/spider/dev.json" in error

@@ -115,18 +115,25 @@ class DuckDBEngine:
                 self._connection.execute(f"DETACH {quoted}")
 
     def _fetch(self, sql: str, whole: bool) -> Shown:
+        """Runs the query; a part of the result that isn't fetched goes when the next query begins."""
         shows = self._guard.check(sql)
-        statement = self._connection.extract_statements(sql)[0].query.strip().rstrip(";")
         if shows:  # can't be described; its cells are text and numbers
-            self._connection.execute(statement)
+            self._connection.execute(sql)
             described = [(str(column[0]), str(column[1])) for column in self._connection.description or ()]
         else:
-            described = [row[:2] for row in self._connection.execute(f"DESCRIBE {statement}\n").fetchall()]
-            self._connection.execute(_with_plain_types(statement, [kind for _, kind in described]))
-        try:
-            return self._rows(tuple(name for name, _ in described), [_converter(kind) for _, kind in described], whole)
-        finally:
-            self._connection.execute("SELECT 1").fetchall()  # lets go of what was not fetched
+            described = [row[:2] for row in self._connection.execute(f"DESCRIBE {sql}").fetchall()]
+            types = [kind for _, kind in described]
+            self._connection.execute(sql if all(map(_is_native, types)) else self._with_plain_types(sql, types))
+        return self._rows(tuple(name for name, _ in described), [_converter(kind) for _, kind in described], whole)
+
+    def _with_plain_types(self, sql: str, types: list[str]) -> str:
+        """The query with everything that is neither number, text nor bytes as text. The order of rows stays."""
+        statement = self._connection.extract_statements(sql)[0].query.strip().rstrip(";")
+        names = [f"c{number}" for number in range(len(types))]
+        shown = [
+            name if _is_native(kind) else f"CAST({name} AS VARCHAR)" for name, kind in zip(names, types, strict=True)
+        ]
+        return f"SELECT {', '.join(shown)} FROM ({statement}\n) AS query({', '.join(names)})"
 
     def _rows(self, columns: tuple[str, ...], converters: list[Converter], whole: bool) -> Shown:
         rows: list[tuple[Cell, ...]] = []
@@ -187,15 +194,6 @@ class DuckDBEngine:
         columns, rows, total, exact, shown = fetched
         text = observation.render(columns, shown, total, exact, self._max_chars)
         return (status, columns, rows, len(rows) < total or not exact, text, "", seconds)
-
-
-def _with_plain_types(statement: str, types: list[str]) -> str:
-    """The statement with everything that is neither number, text nor bytes as text. The order of rows stays."""
-    if all(map(_is_native, types)):
-        return statement
-    names = [f"c{number}" for number in range(len(types))]
-    shown = [name if _is_native(kind) else f"CAST({name} AS VARCHAR)" for name, kind in zip(names, types, strict=True)]
-    return f"SELECT {', '.join(shown)} FROM ({statement}\n) AS query({', '.join(names)})"
 
 
 def _is_native(kind: str) -> bool:

@@ -173,7 +173,10 @@ def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
 
 
 class Deadline:
-    """Interrupts a query whose process has used up its CPU time, from a thread of its own."""
+    """Interrupts a query whose process has used up its CPU time, from a thread of its own.
+
+    The thread sleeps for as long as it takes at the least to use so much, and then looks again; nobody has to wake it.
+    """
 
     AGAIN = 0.05  # seconds between interrupts: one that comes between two statements is forgotten
 
@@ -181,17 +184,16 @@ class Deadline:
         self._connection, self.cpu_seconds = connection, cpu_seconds
         self.passed = self._armed = False
         self._start = time.process_time()
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         threading.Thread(target=self._watch, name="deadline", daemon=True).start()
 
     def arm(self) -> None:
-        with self._changed:
+        with self._lock:
             self._armed, self.passed = True, False
             self._start = time.process_time()
-            self._changed.notify()
 
     def disarm(self) -> None:
-        with self._changed:
+        with self._lock:
             self._armed = False
 
     def seconds(self) -> float:
@@ -199,13 +201,10 @@ class Deadline:
         return time.process_time() - self._start
 
     def _watch(self) -> None:
-        with self._changed:
-            while True:
-                if not self._armed:
-                    self._changed.wait()
-                    continue
-                left = self.cpu_seconds - self.seconds()
+        while True:
+            with self._lock:
+                left = self.cpu_seconds - self.seconds() if self._armed else self.cpu_seconds
                 if left <= 0:
                     self.passed = True
                     self._connection.interrupt()
-                self._changed.wait(left if left > 0 else self.AGAIN)  # it takes at least so long to use so much
+            time.sleep(left if left > 0 else self.AGAIN)

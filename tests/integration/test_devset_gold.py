@@ -20,7 +20,7 @@ from sqlglot import exp
 from rollout.environment import make_environment_factory
 from rollout.sql import Executor, Result
 from rollout.sql.judge import Judge, Suites
-from rollout.sql.syntax import is_ordered, parse
+from rollout.sql.syntax import is_ordered, parse, without_distinct
 from rollout.types import Task
 from sqlrl_jax.config import Config
 from sqlrl_jax.data.gold import check_golds
@@ -217,10 +217,14 @@ def test_changed_golds_get_the_documented_verdicts(devset: Path, executor: Execu
         assert changed.status == "ok", (text, changed.error)
         tried += 1
         case = Case(list(gold.rows), list(changed.rows), is_ordered(sql), order)
+        plain = case
+        if "distinct" in sql.lower():  # which the test suite drops
+            one, other = executor.run_many([(database, without_distinct(text)) for text in (sql, text)], whole=True)
+            plain = case._replace(gold=list(one.rows), changed=list(other.rows))
         found = judge.verdicts(task.id, database, text, changed, sql)
         for grading, expected in zip(GRADINGS, expectations, strict=True):
             right[grading] += found[grading]
-            if found[grading] != expected(case):
+            if found[grading] != expected(plain if grading == "spider_test_suite" else case):
                 surprises.append((task.id, grading, found[grading], text))
         if change == "other columns" and not lenient.verdicts(task.id, database, text, changed, sql)["rows"]:
             surprises.append((task.id, "rows with column_permutation", False, text))

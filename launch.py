@@ -173,22 +173,35 @@ def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", nargs="*", metavar="SET", help="sets by name (see --list), or `own`")
     parser.add_argument("--list", action="store_true", help="show the sets")
     sets = parser.add_argument_group("public sets, in the layout of OmniSQL's data.zip")
-    sets.add_argument("--data", default="", help="folder that holds spider/, bird/, …, or the data/ they are in")
     sets.add_argument(
-        "--download", action="store_true", help="fetch what is missing into --data first (22.2 GB packed)"
+        "--data", default="", metavar="DIR", help="folder that holds spider/, bird/, …, or the data/ they are in"
     )
+    sets.add_argument("--download", action="store_true", help="fetch what the sets need into --data first")
     sets.add_argument("--skip-bad", action="store_true", help="leave bad rows out instead of refusing the set")
-    sets.add_argument("--sample", type=_positive, default=0, help="keep this many questions of each set, drawn evenly")
+    sets.add_argument(
+        "--sample", type=_positive, default=0, metavar="N", help="keep this many questions of each set, drawn evenly"
+    )
     own = parser.add_argument_group("your own databases")
-    own.add_argument("--databases", default="", help="a SQLite file, or a folder of SQLite or CSV files; --check: root")
-    own.add_argument("--questions", default="", help="CSV or JSON lines of question and SQL; --check: prepared file")
-    own.add_argument("--out", default="", help="folder to write, also for sets; --check: file of the good questions")
+    own.add_argument(
+        "--databases",
+        default="",
+        metavar="PATH",
+        help="a SQLite file, or a folder of SQLite or CSV files; --check: root",
+    )
+    own.add_argument(
+        "--questions", default="", metavar="FILE", help="CSV or JSON lines of question and SQL; --check: prepared file"
+    )
+    own.add_argument(
+        "--out", default="", metavar="PATH", help="folder to write, also for sets; --check: file of the good questions"
+    )
     own.add_argument("--valid", type=float, metavar="SHARE", help="part of the questions kept for validation (0.2)")
-    own.add_argument("--encoding", default="", help="of CSV files that are neither UTF-8 nor UTF-16")
+    own.add_argument("--encoding", default="", metavar="NAME", help="of CSV files that are neither UTF-8 nor UTF-16")
     own.add_argument("--null", action="append", default=[], metavar="TEXT", help="text in CSV files that means NULL")
     check = parser.add_argument_group("checking gold queries")
     check.add_argument("--check", action="store_true", help="run every gold query, list those that cannot be graded")
-    check.add_argument("--config", default="", help="YAML file of settings, which key=value pairs override")
+    check.add_argument(
+        "--config", default="", metavar="FILE", help="YAML file of settings, which key=value pairs override"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

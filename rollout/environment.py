@@ -58,7 +58,7 @@ class Environment:
 
     @classmethod
     def open_shared(cls, config: Config) -> Any:
-        """Called once in a process. If what it returns has a `close`, that is called at the end."""
+        """Called once in a process. What it returns is freed with a worker's process; nothing is called for that there."""
         return None
 
     def reset(self, task: Task) -> Sequence[Message] | str:

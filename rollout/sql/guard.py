@@ -10,12 +10,12 @@ Left out: the walls around the whole process, which are rollout.sql.sandbox.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import re
 import resource
 import sqlite3
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 from rollout.sql import clock
@@ -26,6 +26,7 @@ MAX_SQL_BYTES = 100_000
 MAX_NAMES_CHARS = 1_000_000  # of all columns of a result together
 HEAP_BYTES = 256 * 2**20  # all of SQLite's memory in one worker
 ADDRESS_SPACE_BYTES = 2 * 2**30
+MAX_HARMLESS = 10_000  # names of tables and functions that a connection's rules remember
 PROGRESS_INTERVAL = 10_000  # VM steps between two looks at the budget
 CPU_SLACK = 1.0  # seconds by which the kernel's limit may be late; setting it for every query is most of a query's cost
 CPU_SLACK = (
@@ -119,7 +120,7 @@ class Guard:
             self._memory.give_back(KEPT_BYTES)
         self._start = time.process_time()
         if self._start + self._cpu_seconds + CPU_SLACK > self._cpu_limit:
-            self._cpu_limit = limit_cpu(self._cpu_seconds + CPU_SLACK)
+            self._cpu_limit = limit_cpu(self._cpu_seconds)
 
     def allow(self, cpu_seconds: float) -> None:
         """More time than a query has, for work of the worker's own, until `arm`."""
@@ -143,7 +144,7 @@ class Guard:
         connection.create_function("randomblob", 1, self._randomblob)
         tables = self._tables(connection)
         connection.set_progress_handler(self._progress, self._interval)
-        connection.set_authorizer(functools.partial(self._authorize, tables))
+        connection.set_authorizer(self._authorizer(tables))
 
     def check_columns(self, columns: tuple[str, ...]) -> None:
         """Refuses EXPLAIN, which no rule sees before it runs, and names without end. Raises sqlite3.DatabaseError."""
@@ -154,14 +155,34 @@ class Guard:
             raise sqlite3.DatabaseError(self.denied)
 
     def spend(self) -> bool:
-        """Whether the CPU budget is used up; for loops that run outside of SQLite."""
-        self.exhausted = self.exhausted or self.seconds() > self._cpu_seconds
+        """Whether the CPU budget is used up, of which `spent` seconds are gone."""
+        self.spent = self.seconds()
+        self.exhausted = self.exhausted or self.spent > self._cpu_seconds
         return self.exhausted
 
     def _progress(self) -> bool:
         self._steps += self._interval
         self.exhausted = self._steps >= self._max_vm_steps
         return self.spend()
+
+    def _authorizer(self, tables: _Tables) -> Callable[..., int]:
+        """The rules as SQLite calls them: for each column that a query names. What was found harmless once stays so."""
+        columns_of: set[str | None] = set()
+        functions: set[str | None] = set()
+        read, function, ok = sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_OK
+
+        def authorize(action: int, first: str | None, second: str | None, db: str | None, by: str | None) -> int:
+            if first in columns_of if action == read else action == function and second in functions:
+                return ok
+            verdict = self._authorize(tables, action, first, second, db, by)
+            if verdict == ok and len(columns_of) + len(functions) < MAX_HARMLESS:
+                if action == read:
+                    columns_of.add(first)
+                elif action == function:
+                    functions.add(second)
+            return verdict
+
+        return authorize
 
     def _authorize(
         self, tables: _Tables, action: int, first: str | None, second: str | None, _db: object, _by: object

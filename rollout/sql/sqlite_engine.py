@@ -5,6 +5,7 @@ Left out: a cache of prepared statements. It would keep the gold query where `sq
 
 from __future__ import annotations
 
+import marshal
 import os
 import sqlite3
 from collections import OrderedDict
@@ -58,9 +59,7 @@ class SQLiteEngine:
             return self._reply("error", error="out of memory: the query needs too much of it")
         except (sqlite3.Error, sqlite3.Warning, UnicodeError, OverflowError, ValueError) as error:
             return self._failure(error, path, uri)
-        if self._guard.spend():
-            return self._reply("timeout")
-        return self._reply("ok", fetched)
+        return self._timed(fetched, whole)
 
     def _query_with_room(self, path: str, uri: str, sql: str, whole: bool) -> Fetched:
         try:
@@ -111,12 +110,12 @@ class SQLiteEngine:
             known[0].close()
 
     def _fetch(self, connection: sqlite3.Connection, sql: str, whole: bool) -> Fetched:
-        cursor = connection.cursor()
+        cursor = connection.execute(sql)
         try:
-            cursor.execute(sql)
-            if cursor.description is None:
+            description = cursor.description
+            if description is None:
                 raise ValueError("the statement returns no columns; write one SELECT")
-            columns = tuple(column[0] for column in cursor.description)
+            columns = tuple([column[0] for column in description])
             self._guard.check_columns(columns)
             return self._fetch_whole(cursor, columns) if whole else self._fetch_shown(cursor, columns)
         finally:
@@ -175,23 +174,23 @@ class SQLiteEngine:
             self._sound[path] = stamp
         return damage
 
-    def _reply(self, status: str, fetched: Fetched | None = None, error: str = "") -> Reply:
-        seconds = self._guard.seconds()
-        if fetched is None:
-            timeout = status == "timeout"
-            text = observation.TIMEOUT if timeout else observation.render_error(error, self._max_chars)
-            return (status, (), [], False, text, error or (text if timeout else ""), seconds)
+    def _timed(self, fetched: Fetched, whole: bool) -> Reply:
+        """The reply to a query that gave rows, if it gave them in time."""
+        if self._guard.spend():
+            return self._reply("timeout")
         columns, rows, total, exact = fetched
-        text = observation.render(columns, rows[: self._max_rows], total, exact, self._max_chars)
-        return (status, columns, rows, len(rows) < total or not exact, text, "", seconds)
+        text = None if whole else observation.render(columns, rows, total, exact, self._max_chars)
+        return ("ok", columns, rows, len(rows) < total or not exact, text, "", self._guard.spent)
+
+    def _reply(self, status: str, error: str = "") -> Reply:
+        timeout = status == "timeout"
+        text = observation.TIMEOUT if timeout else observation.render_error(error, self._max_chars)
+        return (status, (), [], False, text, error or (text if timeout else ""), self._guard.seconds())
 
 
 def _size(row: tuple[observation.Cell, ...]) -> int:
-    size = CELL_BYTES * len(row)
-    for cell in row:
-        if isinstance(cell, str | bytes):
-            size += len(cell)
-    return size
+    """Bytes of a row, about; a loop over the cells would take longer than to encode them."""
+    return CELL_BYTES * len(row) + len(marshal.dumps(row, 2))
 
 
 def _decode(text: bytes) -> str:

@@ -81,6 +81,11 @@ class WorkerProcess:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def started(self) -> bool:
+        """Whether it has been ready for a request."""
+        return self._settings is None
+
     def ask(self, request: Frame, patience: float = 0.0, on_silence: Callable[[], None] | None = None) -> Frame:
         """One request, one reply. Raises Died or Stalled; the worker is then of no more use but to be buried.
 

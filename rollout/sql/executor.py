@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -52,6 +53,11 @@ class Executor:
         if engine not in ENGINES:
             raise UserError(f"engine {engine!r}: expected one of {', '.join(ENGINES)}")
         kind = self._kind = ENGINES[engine]
+        if kind.site_packages and find_spec(engine) is None:
+            raise UserError(
+                f"environment.text2sql.engine = {engine}: the package is missing; install the extra {engine}"
+            )
+        self.engine = engine
         if not self._root.is_dir():
             raise InfrastructureError(
                 f"database root {self._root}: no such folder; expected <db_id>/<db_id>{kind.suffix} in it"

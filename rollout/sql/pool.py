@@ -219,6 +219,9 @@ class Pool:
             return worker.ask(request, PATIENCE_SECONDS, lambda: self._give_back(batch, worker.at)), None
         except Died:
             at = worker.at
+            if not worker.started:
+                reason = "a SQL worker process ends before it is ready; what it said stands on standard error"
+                return (), (at, InfrastructureError(reason))
             return (), (at, "killed" if worker.bury() == -signal.SIGXCPU else "crashed")
         except Stalled:
             return (), (worker.at, "stalled")

@@ -27,7 +27,7 @@ def describe(executor: Executor, db_id: str, style: Style, max_chars: int = MAX_
 def open_schema(executor: Executor, db_id: str, style: Style, fits: Fits) -> SchemaText:
     """Reads a schema. Raises InfrastructureError if it can't be read or has no tables."""
     file = executor.locate(db_id)
-    catalog = CATALOGS[file.suffix]
+    catalog = CATALOGS[executor.engine]
 
     def ask(queries: list[str]) -> list[Rows]:
         results = executor.run_many([(db_id, sql) for sql in queries], whole=True)

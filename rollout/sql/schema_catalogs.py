@@ -113,8 +113,8 @@ def _literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-# By the suffix of the database file.
+# By the engine's name.
 CATALOGS = {
-    ".sqlite": Catalog(SQLITE, _sqlite_names, _sqlite_tables),
-    ".duckdb": Catalog(DUCKDB, _duckdb_names, _duckdb_tables),
+    "sqlite": Catalog(SQLITE, _sqlite_names, _sqlite_tables),
+    "duckdb": Catalog(DUCKDB, _duckdb_names, _duckdb_tables),
 }

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from rollout.environment import make_environment_factory
-from rollout.errors import InfrastructureError
+from rollout.errors import InfrastructureError, UserError
 from rollout.sql import Executor, schema
+from rollout.sql.engines import ENGINES
 from rollout.types import Task
 from sqlrl_jax.config import Config
 
@@ -437,3 +438,18 @@ def test_an_episode(root: Path) -> None:
         )
         assert environment.step(f"<solution>{gold} DESC</solution>", 2).outcome == "wrong"
         assert environment.step("<solution>SELECT random()</solution>", 2).outcome == "sql_error"
+
+
+def test_an_engine_that_can_not_start_is_nobodys_wrong_answer(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("rollout.sql.executor.find_spec", lambda name: None)
+        with pytest.raises(
+            UserError, match=r"text2sql\.engine = duckdb: the package is missing; install the extra duckdb"
+        ):
+            Executor(root, workers=1, engine="duckdb")
+    monkeypatch.setitem(ENGINES, "unknown", ENGINES["duckdb"]._replace(site_packages=False))  # to this process only
+    with (
+        Executor(root, workers=1, engine="unknown") as executor,
+        pytest.raises(InfrastructureError, match="ends before it is ready"),
+    ):
+        executor.run("shop", "SELECT 1")

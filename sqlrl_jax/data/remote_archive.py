@@ -50,30 +50,14 @@ def fetch_members(
     An archive that lies whole at `<folder>/<filename>` is used instead of the network. A hub that does not serve ranges has
     it downloaded whole. Raises DownloadError or ArchiveError, one sentence.
     """
-    whole = Path(folder, filename)
+    whole, contents = Path(folder, filename), Path(folder, f".{PurePosixPath(filename).name}.contents")
     if whole.is_file():
         return unpack(whole, folder, prefixes, progress=progress)
     source = find(repo_id, filename, repo_type, revision, endpoint)
-    tries = Tries(source, patience or Patience())
-    name = PurePosixPath(filename).name
-    contents = Path(folder, f".{name}.contents")
     try:
-        with (
-            disk_errors(Path(folder), ArchiveError),
-            _open(source, tries, contents) as file,
-            zipfile.ZipFile(file) as opened,
-        ):
-            file.keep(opened.start_dir)
-            return unpack_members(
-                opened,
-                name,
-                Path(folder),
-                prefixes,
-                progress,
-                before=lambda missing: file.plan(runs_of(missing, opened)),
-            )
+        return _from_remote(source, Path(folder), contents, prefixes, Tries(source, patience or Patience()), progress)
     except _NoRanges:
-        path = fetch(
+        fetch(
             repo_id,
             filename,
             folder,
@@ -83,7 +67,7 @@ def fetch_members(
             progress=progress,
             patience=patience,
         )
-        return unpack(path, folder, prefixes, progress=progress)
+        return unpack(whole, folder, prefixes, progress=progress)
     except DownloadError:
         contents.unlink(missing_ok=True)  # it may be why: look anew the next time
         raise
@@ -96,6 +80,21 @@ def fetch_members(
 
 class _NoRanges(Exception):
     """The hub sends whole files only."""
+
+
+def _from_remote(
+    source: Source, folder: Path, contents: Path, prefixes: Sequence[str], tries: Tries, progress: Progress
+) -> Unpacked:
+    with (
+        disk_errors(folder, ArchiveError),
+        _open(source, tries, contents) as file,
+        zipfile.ZipFile(file) as opened,
+    ):
+        file.keep(opened.start_dir)
+        name = PurePosixPath(source.filename).name
+        return unpack_members(
+            opened, name, folder, prefixes, progress, lambda missing: file.plan(runs_of(missing, opened))
+        )
 
 
 def _open(source: Source, tries: Tries, contents: Path) -> RemoteFile:

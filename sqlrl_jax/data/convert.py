@@ -117,6 +117,8 @@ def convert(
     if golds is not None:
         golds.finish(number, questions)
         problems.notes += golds.notes(questions)
+    if number != source.rows and source.split != "train":
+        problems.notes.append(f"{questions} has {counted(number, 'row')}; the published set has {source.rows:,}")
 
 
 def to_task(
@@ -162,7 +164,7 @@ class GoldFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: byte {error.start} is not UTF-8 text") from None
         except OSError as error:

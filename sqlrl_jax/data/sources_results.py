@@ -68,7 +68,7 @@ def _read_standard(path: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         raise DataError(f"{path}: no such file; it says which columns of a result count")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: byte {error.start} is not UTF-8 text") from None
     rules = {}

@@ -241,6 +241,7 @@ def test_gold_files(root: Path, tmp_path: Path, capfd: Any) -> None:
     tree.write_gold(gold, (COUNT.replace(" ", "  ") + " ;", "concert_singer"), ("SELECT 1", "pets_1"))
     code, out, _ = run(capfd, "spider-dev", "--data", root, "--out", tmp_path / "out")
     assert code == 0
+    assert f"{root / 'spider/dev.json'} has 2 rows; the published set has 1,034" in " ".join(out.split())
     assert f"the gold query of 1 row of {root / 'spider/dev.json'} differs from {gold} (row 2)" in " ".join(out.split())
     assert read_tasks(tmp_path / "out/spider-dev.jsonl")[1].fields["gold_sql"] == "SELECT 1"
     tree.write_gold(gold, (COUNT, "concert_singer"), (NAMES, "car_1"))
@@ -257,6 +258,11 @@ def test_gold_files(root: Path, tmp_path: Path, capfd: Any) -> None:
     assert f"{gold}: byte 8 is not UTF-8" in fails(capfd, "spider-dev", "--data", root, "--out", tmp_path)
     gold.unlink()
     assert run(capfd, "spider-dev", "--data", root, "--out", tmp_path / "out")[0] == 0
+    odd = "SELECT 'a\u2028b\x0cc'"  # not the end of a line
+    tree.write_json(root / "spider/dev.json", [tree.spider_row("pets_1", query=odd)])
+    gold.write_bytes(f"{odd}\tpets_1\r\n".encode())
+    assert run(capfd, "spider-dev", "--data", root, "--out", tmp_path / "out")[0] == 0
+    assert [task.fields["gold_sql"] for task in read_tasks(tmp_path / "out/spider-dev.jsonl")] == [odd]
 
 
 def test_everything_missing_is_listed_before_anything_is_done(root: Path, tmp_path: Path, capfd: Any) -> None:

@@ -182,7 +182,8 @@ def _measure(play: Player, what: Measurement, display: Display, file: EpisodesFi
             kept = f"; they are in {file.path}, go on with the same command and --resume"
         complete = progress.complete()
         if complete:
-            _show(display, f"{title}, {len(complete) // samples} of {len(tasks)} questions", complete, markdown)
+            shown = f"{title}, the {len(complete) // samples} of {len(tasks)} questions that ended first"
+            _show(display, shown, complete, markdown)
         display.warn(f"stopped after {len(progress.episodes)} of {total} episodes{kept}")
         raise
     return _show(display, title, progress.result(), markdown)

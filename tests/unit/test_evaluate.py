@@ -166,7 +166,7 @@ def test_a_server_that_dies_leaves_what_was_finished_and_resume_goes_on(data, ca
         _, output, error = evaluate(capsys, data, server, "--out", str(out), "--concurrency", "1", status=2)
     assert "answered 422: gone" in error
     assert "stopped after 1 of 3 episodes" in output
-    assert "small, up to 5 turns, 1 of 3 questions" in output
+    assert "the 1 of 3 questions that ended first" in output
     assert "--resume" in output
     assert [row["task_id"] for row in episodes(out)] == ["north-Bonn"]
     with ChatServer(looks_then_answers) as server:

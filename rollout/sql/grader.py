@@ -6,9 +6,9 @@ stand still (rollout.sql.guard) and bytes that are not UTF-8 are read as U+FFFD.
 `rows`, ours. As many columns and the same rows: in order where the gold's outermost query orders (rows that tie in that
 order may come in any), else as a multiset, so a missing DISTINCT or a doubled row is wrong. Integers are equal exactly,
 anything with a float to 1e-6 relative; text is never a number (rollout.sql.rows). Column names don't matter; their order
-does, unless `column_permutation` is on. A prediction that reads no table where the gold reads one is a guess or was copied
-from what the model saw, and is wrong: literals from a query that names some table anyway can't be told by looking at
-results.
+does, unless `column_permutation` is on. A prediction that reads no table where the gold reads one is a guess, or was copied
+from what the model saw, and is wrong (rollout.sql.judge, by the parse tree). Literals in a query that names some table
+beside them can't be told from an answer by its result; several databases, as in `spider_test_suite`, tell.
 
 `bird_set`, BIRD's published measure (Li et al. 2023, arXiv:2305.03111; `calculate_ex` in evaluation/evaluation_ex.py of
 bird-bench/mini_dev): the sets of rows are equal as Python compares tuples. So order and repetitions don't matter, 1 is

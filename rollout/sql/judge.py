@@ -13,7 +13,7 @@ from rollout.sql import grader, rewrite
 from rollout.sql.executor import Executor, Result
 from rollout.sql.grader import Grading
 from rollout.sql.rows import tied_runs
-from rollout.sql.syntax import is_ordered
+from rollout.sql.syntax import is_ordered, reads_a_table
 
 CACHED_GOLDS = 20_000
 CACHED_SUITES = 2_000
@@ -103,6 +103,8 @@ class Judge:
                 found[grading] = predicted.status == "ok" and self._correct(
                     predicted, self.gold(task_id, database, gold_sql), database, gold_sql, grading
                 )
+                if grading == "rows" and found[grading] and not reads_a_table(predicted_sql):
+                    found[grading] = not reads_a_table(gold_sql)
             elif self._suites is not None and (grading == self.grading or self._suites.covers(db_id)):
                 found[grading] = self._suites.agrees(task_id, db_id, predicted_sql, gold_sql)
         return found

@@ -1,4 +1,4 @@
-"""What a statement says, read with sqlglot: whether its outermost query orders, and whether it asks the clock or the dice.
+"""What a statement says, read with sqlglot: whether its outermost query orders, whether it reads a table, what is volatile.
 
 SQLite accepts more than sqlglot's SQLite dialect does. Where the parse tree is not to be had, the tokens decide: they are
 SQLite's comments, strings and quoted names all the same, only the grammar is reduced to counting parentheses.
@@ -78,6 +78,33 @@ def _is_ordered_by_tokens(found: list[Token]) -> bool:
         if token.token_type == TokenType.VAR and token.text.lower() == "order":  # ORDER /* */ BY
             return index + 1 < len(found) and found[index + 1].text.lower() == "by"
     return False
+
+
+@functools.lru_cache(maxsize=65536)
+def reads_a_table(sql: str) -> bool:
+    """Whether the statement reads any table or view of the database; so is one taken that sqlglot can't parse.
+
+    Common table expressions, table functions and SQLite's own tables, which hold the schema, are none.
+    """
+    tree = parse(sql)
+    if tree is None:
+        return True
+    if any(node.args.get("field") is not None for node in tree.find_all(exp.In)):  # x IN t
+        return True
+    return any(isinstance(table.this, exp.Identifier) and _is_stored(table) for table in tree.find_all(exp.Table))
+
+
+def _is_stored(table: exp.Table) -> bool:
+    name = table.name.lower()
+    if name.startswith(("sqlite_", "pragma_")):
+        return False
+    node: exp.Expr | None = table
+    while node is not None and not table.db:
+        node = node.parent
+        known = node.args.get("with_") if node is not None else None
+        if known is not None and any(name == cte.alias.lower() for cte in known.expressions):
+            return False
+    return True
 
 
 def without_distinct(sql: str) -> str:

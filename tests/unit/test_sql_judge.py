@@ -146,3 +146,26 @@ def test_an_order_that_decides_everything_leaves_nothing_open(executor: Executor
     assert verdict(Judge(executor), executor, "SELECT name FROM item ORDER BY price, id", gold) == {"rows": False}
     by_token = "SELECT CAST(name AS 'TEXT') FROM item ORDER BY price"  # not parsed: as strict as can be
     assert verdict(Judge(executor), executor, "SELECT name FROM item ORDER BY price, name", by_token) == {"rows": False}
+
+
+@pytest.mark.parametrize(
+    ("sql", "gold", "right"),
+    [
+        ("SELECT 3", "SELECT count(*) FROM item", False),  # copied from what was seen
+        ("VALUES ('pen'), ('ink')", "SELECT name FROM item WHERE price = 2", False),
+        ("WITH item AS (SELECT 3 AS n) SELECT n FROM item", "SELECT count(*) FROM item", False),
+        ("SELECT 3 FROM item LIMIT 1", "SELECT count(*) FROM item", True),  # can't be told by the result
+        ("SELECT 1 + 1", "SELECT 2", True),
+        ("SELECT 2 FROM item LIMIT 1", "SELECT 2", True),
+    ],
+)
+def test_an_answer_without_a_look_at_the_data_is_wrong(executor: Executor, sql: str, gold: str, right: bool) -> None:
+    judge = Judge(executor, "rows", ("bird_set",))
+    assert verdict(judge, executor, sql, gold) == {"rows": right, "bird_set": True}
+
+
+def test_several_databases_tell_literals_from_answers(executor: Executor, suites: Suites) -> None:
+    judge = Judge(executor, "spider_test_suite", suites=suites)
+    gold = "SELECT count(*) FROM item"
+    assert verdict(judge, executor, "SELECT 3 FROM item LIMIT 1", gold) == {"spider_test_suite": False}
+    assert verdict(judge, executor, "SELECT count(id) FROM item", gold) == {"spider_test_suite": True}

@@ -112,6 +112,36 @@ def test_the_tokens_decide_only_where_there_is_no_tree() -> None:
 
 
 @pytest.mark.parametrize(
+    ("sql", "reads"),
+    [
+        ("SELECT a FROM t", True),
+        ("SELECT 5", False),
+        ("SELECT 'x' AS name UNION ALL SELECT 'y'", False),
+        ("VALUES (1, 'x'), (2, 'y')", False),
+        ("WITH x AS (SELECT 5 AS a) SELECT a FROM x", False),
+        ("WITH t AS (SELECT 5 AS a) SELECT a FROM t", False),  # the name of a table, but not the table
+        ("WITH x AS (SELECT a FROM t) SELECT 5 FROM x", True),
+        ("SELECT * FROM (SELECT 5)", False),
+        ("SELECT * FROM (WITH t AS (SELECT 1) SELECT * FROM t), t", True),
+        ("WITH t AS (SELECT 1) SELECT * FROM main.t", True),
+        ("SELECT (SELECT count(*) FROM t)", True),
+        ("SELECT 1 WHERE 1 IN t", True),
+        ("SELECT 1 WHERE 1 IN (2, 1)", False),
+        ("SELECT 1 WHERE EXISTS (SELECT 1 FROM t)", True),
+        ("SELECT value FROM json_each('[1, 2]')", False),
+        ("SELECT name FROM pragma_table_info('t')", False),
+        ("SELECT count(*) FROM sqlite_master", False),
+        ('SELECT * FROM "t"', True),
+        ("SELECT a FROM t LEFT NATURAL JOIN u", True),  # not parsed
+        ("SELECT CAST(5 AS 'INT')", True),  # not parsed: given the benefit of the doubt
+        ("SELECT '", True),
+    ],
+)
+def test_reading_a_table(sql: str, reads: bool) -> None:
+    assert syntax.reads_a_table(sql) is reads
+
+
+@pytest.mark.parametrize(
     ("sql", "without"),
     [
         ("SELECT DISTINCT a FROM t", "SELECT  a FROM t"),
@@ -161,5 +191,6 @@ PIECES = st.sampled_from([*WORDS.split(), "\0", "\n", "\ud800"])
 def test_any_text_is_read_without_an_exception(sql: str) -> None:
     syntax.is_ordered(sql)
     syntax.volatile_parts(sql)
+    syntax.reads_a_table(sql)
     kept = syntax.without_distinct(sql)
     assert kept.split() == sql.split() or "distinct" in sql.lower()

@@ -218,11 +218,11 @@ class Pool:
         try:
             return worker.ask(request, PATIENCE_SECONDS, lambda: self._give_back(batch, worker.at)), None
         except Died:
-            at = worker.at
-            if not worker.started:
+            at, code = worker.at, worker.bury()
+            if not worker.started and code >= 0:  # by itself, not by a signal
                 reason = "a SQL worker process ends before it is ready; what it said stands on standard error"
                 return (), (at, InfrastructureError(reason))
-            return (), (at, "killed" if worker.bury() == -signal.SIGXCPU else "crashed")
+            return (), (at, "killed" if code == -signal.SIGXCPU else "crashed")
         except Stalled:
             return (), (worker.at, "stalled")
 

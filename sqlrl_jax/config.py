@@ -233,7 +233,7 @@ class Text2SQLConfig(Section):
     max_schema_tokens: int = Field(5000, ge=50)
     """Tokens of the schema in a prompt; one that is longer loses samples, descriptions, types, keys, tables, in turn."""
     timeout: float = Field(5.0, gt=0, le=600)
-    """Seconds a query may take: the backup to max_vm_steps."""
+    """CPU seconds a query may take: the backup to max_vm_steps, and DuckDB's only limit."""
     max_vm_steps: int = Field(50_000_000, ge=1000)
     """SQLite virtual-machine steps a query may take: the same verdict on a busy machine."""
     max_rows: int = Field(50, ge=1)

@@ -253,9 +253,16 @@ def _by_use(tables: Sequence[Table], question: str) -> list[int]:
 
 
 def _words(text: str) -> set[str]:
-    """Words in lower case, without a plural's s; names are split at underscores and capitals."""
-    found = (match.group().lower() for match in _WORD.finditer(text))
-    return {word[:-1] if word.endswith("s") and len(word) > 3 else word for word in found}
+    """Stems of the words, in lower case; names are split at underscores and capitals."""
+    return {_stem(match.group().lower()) for match in _WORD.finditer(text)}
+
+
+def _stem(word: str) -> str:
+    """The word without one ending, so that ordered, orders and order meet; crude, but only ranks tables."""
+    for ending in ("ing", "ies", "ed", "es", "s", "e", "y"):
+        if word.endswith(ending) and len(word) >= len(ending) + 3:
+            return word.removesuffix(ending)
+    return word
 
 
 def _most(count: int, good: Callable[[int], bool]) -> int:

@@ -14,6 +14,7 @@ from rollout.environment import make_environment_factory
 from rollout.errors import InfrastructureError, UserError
 from rollout.sql import Executor, schema
 from rollout.sql.engines import ENGINES
+from rollout.sql.syntax import is_ordered
 from rollout.types import Task
 from sqlrl_jax.config import Config
 
@@ -420,6 +421,25 @@ def test_the_schema(executor: Executor) -> None:
         copy.execute(text)
         tables = copy.execute("SELECT table_name FROM duckdb_tables() ORDER BY 1").fetchall()
     assert tables == [("cheap",), ("old sale",), ("sale",), ("shop",)]
+
+
+@pytest.mark.parametrize(
+    ("sql", "ordered"),
+    [
+        ("FROM t SELECT a ORDER BY a", True),
+        ("SELECT a::DATE FROM t GROUP BY ALL ORDER BY ALL DESC", True),
+        ("SELECT * EXCLUDE (a) FROM t ORDER BY b LIMIT 10%", True),
+        ("SELECT list_transform(l, lambda x: x + 1) FROM t ORDER BY 1", True),
+        ("SELECT [x FOR x IN l], {'a': 1} AS s FROM t ORDER BY s.a", True),
+        ("SELECT a FROM t QUALIFY row_number() OVER (ORDER BY a) = 1", False),
+        ("SELECT list(a ORDER BY b) FROM t", False),
+        ("SELECT $$ORDER BY$$ FROM t", False),
+        ("PIVOT t ON a IN (1, 2) USING count(*)", False),
+        ("WITH x AS (SELECT 1 ORDER BY 1) FROM x", False),
+    ],
+)
+def test_grading_sees_whether_a_duckdb_query_orders(sql: str, ordered: bool) -> None:
+    assert is_ordered(sql) is ordered
 
 
 def test_an_episode(root: Path) -> None:

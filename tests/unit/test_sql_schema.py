@@ -173,6 +173,7 @@ def test_the_tables_that_the_question_needs_stay() -> None:
     assert text.text("How many courses does each student attend?") == (
         "student(id, name)\ntakes(student_id, course_id)\ncourse(id, title)\n-- and 1 more table"
     )
+    assert SchemaText(TABLES, SQLITE, "short", fitting(60)).text("Who phoned?").startswith("teacher(")
     assert text.text("What do teachers earn?").startswith("student(id, name)\nteacher(id, salary, phone, office)\n")
     assert (
         SchemaText(TABLES, SQLITE, "short", fitting(60)).text("the salary")

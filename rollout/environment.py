@@ -58,7 +58,7 @@ class Environment:
 
     @classmethod
     def open_shared(cls, config: Config) -> Any:
-        """Called once in a process. What it returns is freed with a worker's process; nothing is called for that there."""
+        """Called once in a process; what it returns is every environment's `shared`. Worker processes end without closing it."""
         return None
 
     def reset(self, task: Task) -> Sequence[Message] | str:

@@ -58,7 +58,7 @@ class Environment:
 
     @classmethod
     def open_shared(cls, config: Config) -> Any:
-        """Called once in a process; what it returns is every environment's `shared`. Worker processes end without closing it."""
+        """Called once in a process; returns what its environments share. A worker process ends without closing it."""
         return None
 
     def reset(self, task: Task) -> Sequence[Message] | str:

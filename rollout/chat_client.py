@@ -5,8 +5,8 @@ is tried again with growing pauses, and ends in an InfrastructureError that quot
 wrong key or model name) is a ServerRefused at once. A conversation that the server has no room for is ContextFull, which
 is the model's own doing.
 
-Stop strings are stripped by most servers although the episode needs them, so they are put back. Left out: streaming,
-tools, and servers that take token ids (that is the rollout service's way).
+Most servers strip stop strings, and some set thoughts apart; the episode needs both, so they are put back where they
+were. Left out: streaming, tools, and servers that take token ids (that is the rollout service's way).
 """
 
 from __future__ import annotations
@@ -315,11 +315,20 @@ def _completion(answer: dict[str, Any], stops: Sequence[str]) -> Completion:
     matched = choice.get("stop_reason", choice.get("matched_stop"))
     counts = usage if isinstance(usage, dict) else {}
     return Completion(
-        restore_stop(whole_text(message.get("content") or ""), stops, reason, matched),
+        restore_stop(whole_text(_spoken(message)), stops, reason, matched),
         reason,
         _count(counts.get("prompt_tokens")),
         _count(counts.get("completion_tokens")),
     )
+
+
+def _spoken(message: Mapping[str, Any]) -> str:
+    """What the model wrote: a server with a reasoning parser takes the thought out of it, tags and all."""
+    content = message.get("content") or ""
+    thought = message.get("reasoning_content") or message.get("reasoning")
+    if not isinstance(thought, str) or "<think>" in content:
+        return content
+    return f"<think>{thought}</think>{content}" if content else f"<think>{thought}"
 
 
 def _count(value: object) -> int | None:

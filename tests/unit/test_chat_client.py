@@ -226,9 +226,22 @@ def test_lone_surrogates_do_not_survive():
     assert answer.prompt_tokens is None
 
 
-def test_a_model_that_only_thought_said_nothing():
-    with ChatServer(in_turn(completion(None, reasoning_content="hm"))) as server:  # type: ignore[arg-type]
-        assert complete(server).text == ""
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+@pytest.mark.parametrize(
+    ("thought", "content", "text"),
+    [
+        ("hm", "<sql>SELECT 1", "<think>hm</think><sql>SELECT 1</sql>"),
+        ("hm <sql>SELECT 1", None, "<think>hm <sql>SELECT 1</sql>"),  # stopped inside the thought
+        ("hm", "<think>hm</think>no", "<think>hm</think>no"),  # a server that shows it twice
+        (None, "no", "no"),
+        (None, None, ""),
+    ],
+)
+def test_thoughts_that_were_set_apart_are_put_back(name, thought, content, text):
+    message = {"role": "assistant", "content": content, name: thought}
+    body = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]})
+    with ChatServer(in_turn(Reply(body=body))) as server:
+        assert complete(server).text == text
 
 
 def test_the_only_model_needs_no_name():

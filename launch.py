@@ -22,6 +22,7 @@ examples:
   python launch.py --config configs/quickstart.yaml
   python launch.py --config configs/quickstart.yaml trainer.resume_mode=latest
   python launch.py eval --config configs/quickstart.yaml --model runs/quickstart/export
+  python launch.py ask --model runs/quickstart/export --database shop.sqlite "How many customers are there?"
   python launch.py prepare --list
   python launch.py report runs/quickstart
   python launch.py config --config configs/quickstart.yaml
@@ -74,6 +75,15 @@ def _server(args: argparse.Namespace) -> ServerOptions | None:
         timeout=args.server_timeout,
         concurrency=args.concurrency,
     )
+
+
+def _ask(args: argparse.Namespace) -> int:
+    from sqlrl_jax.ask import Question, config_of, main
+
+    if args.config is None and args.model is not None:
+        args.config = config_of(args.model)
+    question = Question(args.database, args.question, args.evidence, args.model, _server(args))
+    return main(_config(args), question)
 
 
 def _sft(args: argparse.Namespace) -> int:
@@ -141,6 +151,7 @@ VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int]]] = {
     "train": ("train by reinforcement learning (the default verb)", _train),
     "serve": ("run a rollout service alone", _serve),
     "eval": ("measure accuracy on questions; prints one JSON line last", _eval),
+    "ask": ("ask your own database a question", _ask),
     "sft": ("train a small model from nothing on demonstrations (the cold start)", _sft),
     "demo": ("generate the demo databases and questions", _demo),
     "prepare": ("make questions of public sets or of your own databases; check gold queries", _prepare),
@@ -210,13 +221,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("launch.py", description=description, epilog=EXAMPLES, formatter_class=form)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     parsers = {name: verbs.add_parser(name, help=text, description=text) for name, (text, _) in VERBS.items()}
-    for name in ("train", "serve", "eval", "sft", "demo", "config"):
-        parsers[name].add_argument("--config", required=name != "config", help="YAML file of settings")
+    parsers["ask"].add_argument("question", help="what you want to know")
+    for name in ("train", "serve", "eval", "ask", "sft", "demo", "config"):
+        optional = name in ("ask", "config")
+        parsers[name].add_argument("--config", required=not optional, help="YAML file of settings")
         parsers[name].add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file")
     parsers["serve"].add_argument(
         "--port-file", help="file for host:port once ready; the service then stops when its standard input closes"
     )
     _evaluation_options(parsers["eval"])
+    _ask_options(parsers["ask"])
     _prepare_arguments(parsers["prepare"])
     parsers["import"].add_argument("--model", required=True, help="Hugging Face checkpoint folder")
     parsers["import"].add_argument("--out", required=True, help="folder to write; must not exist")
@@ -243,7 +257,20 @@ def _evaluation_options(evaluate: argparse.ArgumentParser) -> None:
     add("--out", help="file for every episode, one JSON line each; must not exist")
     add("--resume", action="store_true", help="go on with the episodes that --out holds")
     add("--markdown", action="store_true", help="print the tables as Markdown")
-    add("--server", metavar="URL", help="evaluate a served model: http://HOST:PORT/v1 of an OpenAI-compatible server")
+    _server_options(evaluate)
+
+
+def _ask_options(ask: argparse.ArgumentParser) -> None:
+    add = ask.add_argument
+    add("--database", required=True, metavar="PATH", help="a SQLite file, a CSV file, or a folder of CSV files")
+    add("--model", help="model folder, such as a run's export/, whose settings are then used unless --config is given")
+    add("--evidence", default="", help="what one has to know to understand the question")
+    _server_options(ask)
+
+
+def _server_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--server", metavar="URL", help="use a served model: http://HOST:PORT/v1 of an OpenAI-compatible server")
     add("--served-model", metavar="NAME", help="the model's name there (default: the only one)")
     add("--api-key-env", metavar="NAME", default="OPENAI_API_KEY", help="environment variable of the key (%(default)s)")
     add("--concurrency", type=_positive, default=16, help="conversations with the server at one time (%(default)s)")

@@ -9,23 +9,17 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.text import Text
 
-from rollout.chat import load_tokenizer
-from rollout.chat_client import ChatClient, ServerOptions, with_model
-from rollout.chat_episode import Conversations, play_all
-from rollout.environment import make_environment_factory
-from rollout.episode import EpisodeSettings
+from rollout.chat_client import ServerOptions, with_model
 from rollout.errors import UserError
-from rollout.types import Message, Task, Trajectory
+from rollout.types import Task, Trajectory
 from sqlrl_jax import config_file
 from sqlrl_jax.config import Config
 from sqlrl_jax.data.demo import ensure
@@ -33,14 +27,9 @@ from sqlrl_jax.data.questions import validation
 from sqlrl_jax.display import Display, comparison
 from sqlrl_jax.episodes_file import EpisodesFile
 from sqlrl_jax.eval_table import as_markdown, as_text, habits, set_line, set_rows
-from sqlrl_jax.fleet import Fleet, sampling_params
+from sqlrl_jax.fleet import Fleet
 from sqlrl_jax.metrics import eval_metrics
-from sqlrl_jax.run import episode_record
-
-OnEpisode = Callable[[Trajectory, dict[str, Any]], None]
-"""Takes an episode as it ends and its record for the file."""
-Player = Callable[[Sequence[Task], int, OnEpisode], None]
-"""Plays the tasks with a limit of turns."""
+from sqlrl_jax.players import OnEpisode, Player, hosted, play_for_evaluation, served
 
 
 @dataclass(frozen=True)
@@ -68,15 +57,7 @@ def evaluate(
     on_trajectory: Callable[[Trajectory], None],
 ) -> tuple[list[Trajectory], dict[str, float]]:
     """Episodes of all tasks on a version of the weights (None: what the services loaded) and their metrics."""
-    episodes = fleet.rollout(
-        tasks,
-        samples=config.generator.eval_n_samples_per_prompt,
-        sampling=sampling_params(config.generator.eval_sampling()),
-        version=version,
-        seed=config.trainer.seed,
-        max_turns=max_turns,
-        on_trajectory=on_trajectory,
-    )
+    episodes = play_for_evaluation(fleet, config, tasks, version, max_turns, on_trajectory)
     return episodes, eval_metrics(episodes)
 
 
@@ -102,7 +83,7 @@ def main(config: Config, request: Request) -> int:
             file.begin(tasks, limits, samples)
         if file is None or len(file.done) < len(tasks) * samples * len(limits):
             server, keep = request.server, file is not None
-            player = _served(config, server) if server else _hosted(config, display, keep)
+            player = served(config, server) if server else hosted(config, display, keep)
             play = stack.enter_context(player)
         else:
             play = _nothing
@@ -202,68 +183,6 @@ def _show(display: Display, title: str, episodes: list[Trajectory], markdown: bo
 
 def _nothing(tasks: Sequence[Task], limit: int, on_episode: OnEpisode) -> None:
     """Plays when every episode is in the file already."""
-
-
-@contextmanager
-def _hosted(config: Config, display: Display, keep: bool) -> Iterator[Player]:
-    """Plays on rollout services: those of `generator.services`, or one started here on the model folder.
-
-    `keep`: the records will be read, so the prompts need the tokenizer, which a learner's host may lack otherwise.
-    """
-    with TemporaryDirectory() as folder:
-        file = Path(folder, "config.yaml")
-        config_file.save(config, file)
-        fleet = Fleet(config, file, Path(folder, "service.log"), display.print)
-        decode = load_tokenizer(config.trainer.policy.model.path).decode if keep else str
-
-        def play(tasks: Sequence[Task], limit: int, on_episode: OnEpisode) -> None:
-            by_id = {task.id: task for task in tasks}
-
-            def follow(episode: Trajectory) -> None:
-                record = episode_record("eval", limit, episode, by_id[episode.task_id], decode)
-                on_episode(episode, record | {"max_turns": limit})
-
-            evaluate(fleet, config, tasks, None, limit, follow)
-
-        try:
-            yield play
-        finally:
-            fleet.close()
-
-
-@contextmanager
-def _served(config: Config, server: ServerOptions) -> Iterator[Player]:
-    """Plays against a served model, with the environment in this process."""
-    generator = config.generator
-    pool = ThreadPoolExecutor(min(64, server.concurrency), thread_name_prefix="environment")
-    with make_environment_factory(config) as environments:
-
-        def play(tasks: Sequence[Task], limit: int, on_episode: OnEpisode) -> None:
-            by_id = {task.id: task for task in tasks}
-
-            def follow(episode: Trajectory, messages: list[Message]) -> None:
-                task = by_id[episode.task_id]
-                record = {"kind": "eval", "max_turns": limit, **task.fields, "messages": messages}
-                on_episode(episode, record | asdict(episode))
-
-            async def run() -> None:
-                async with ChatClient(server) as client:
-                    common = Conversations(
-                        client=client,
-                        environment=environments.create,
-                        settings=EpisodeSettings(limit, generator.max_input_length, config.trainer.max_prompt_length),
-                        params=sampling_params(generator.eval_sampling()),
-                        seed=config.trainer.seed,
-                        pool=pool,
-                    )
-                    await play_all(common, tasks, generator.eval_n_samples_per_prompt, follow)
-
-            asyncio.run(run())
-
-        try:
-            yield play
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _open_out(config: Config, request: Request, name: str) -> EpisodesFile | None:

@@ -181,3 +181,11 @@ def test_an_episode_starts_with_the_template_that_is_asked_for(environment: Path
     assert messages[0]["content"].startswith('"&lt;|im_end|>"(')
     with pytest.raises(UserError, match="nowhere"):
         play(environment, prompt_template="nowhere.yaml")
+
+
+def test_the_guides_template_is_one(tmp_path: Path) -> None:
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "prompts.md").read_text(encoding="utf-8")
+    (tmp_path / "prompt.yaml").write_text(guide.partition("```yaml\n")[2].partition("```")[0])
+    system, user = read_template(tmp_path / "prompt.yaml").messages("S", "Q", "", 5)
+    assert "in at most 5 turns" in system["content"]
+    assert user["content"] == "Q"

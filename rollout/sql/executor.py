@@ -133,7 +133,7 @@ class Executor:
         path = self._root.joinpath(*parts, *([] if named else [parts[-1] + self._kind.suffix]))
         try:
             resolved = path.resolve(strict=True)
-        except (OSError, UnicodeError) as error:
+        except (OSError, UnicodeError, RuntimeError) as error:  # the last for links in a circle
             raise InfrastructureError(f"database {db_id}: {path} can't be opened: {error}") from None
         if not resolved.is_relative_to(self._root.resolve()):
             raise InfrastructureError(f"database {db_id}: {path} leads out of the database root; copy it there")

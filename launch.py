@@ -78,10 +78,13 @@ def _server(args: argparse.Namespace) -> ServerOptions | None:
 
 
 def _ask(args: argparse.Namespace) -> int:
+    from rollout.errors import UserError
     from sqlrl_jax.ask import Question, config_of, main
 
     if args.config is None and args.model is not None:
         args.config = config_of(args.model)
+    elif args.config is None and args.server is None:
+        raise UserError("name who is to answer: --model DIR, such as a run's export/, or --server URL")
     question = Question(args.database, args.question, args.evidence, args.model, _server(args))
     return main(_config(args), question)
 

@@ -41,14 +41,16 @@ def test_a_question_is_answered_by_looking_first(database: Path, capfd: pytest.C
     assert [p.name for p in database.parent.iterdir()] == ["zoo.sqlite"]
 
 
-def test_csv_files_and_mistakes_are_told(tmp_path: Path, database: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_told_in_one_sentence(tmp_path: Path, database: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def error(*arguments: str) -> str:
         assert launch.main(["ask", *arguments, "How many?"]) == 2
         return capsys.readouterr().err
 
-    assert "nowhere.sqlite: no such file" in error("--database", str(tmp_path / "nowhere.sqlite"))
+    assert "--model DIR" in error("--database", str(database))
+    model = ["--model", str(ROOT / "models/quickstart")]
+    assert "nowhere.sqlite: no such file" in error("--database", str(tmp_path / "nowhere.sqlite"), *model)
     (tmp_path / "second.db").write_bytes(database.read_bytes())
-    assert "holds 2 databases (second, zoo …)" in error("--database", str(tmp_path))
+    assert "holds 2 databases (second, zoo …)" in error("--database", str(tmp_path), *model)
     assert "no-model: no such model folder" in error("--database", str(database), "--model", str(tmp_path / "no-model"))
 
 
@@ -62,7 +64,7 @@ def test_asking_needs_no_gold_query_and_shows_the_result(tmp_path: Path, databas
     with EnvironmentFactory(Ask, config) as factory:
         for action, outcome, shown in (
             ("<solution>SELECT region FROM ship</solution>", "correct", "region\nnorth"),
-            ("<solution>SELECT nothing FROM ship</solution>", "sql_error", "no such column: nothing"),
+            ("<solution>SELECT width FROM ship</solution>", "sql_error", "no such column: width"),
         ):
             environment = factory.create()
             environment.reset(Task("q", "ask", {"db_id": "zoo", "question": "Which region?", "max_turns": 3}))

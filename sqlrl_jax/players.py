@@ -7,12 +7,13 @@ with its record for files.
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
 
 from rollout.chat import load_tokenizer
@@ -20,6 +21,7 @@ from rollout.chat_client import ChatClient, ServerOptions
 from rollout.chat_episode import Conversations, play_all
 from rollout.environment import make_environment_factory
 from rollout.episode import EpisodeSettings
+from rollout.errors import UserError
 from rollout.types import Message, Task, Trajectory
 from sqlrl_jax import config_file
 from sqlrl_jax.config import Config
@@ -59,25 +61,31 @@ def hosted(config: Config, display: Display, keep: bool) -> Iterator[Player]:
 
     `keep`: the records will be read, so the prompts need the tokenizer, which a learner's host may lack otherwise.
     """
-    with TemporaryDirectory() as folder:
-        file = Path(folder, "config.yaml")
-        config_file.save(config, file)
-        fleet = Fleet(config, file, Path(folder, "service.log"), display.print)
-        decode = load_tokenizer(config.trainer.policy.model.path).decode if keep else str
-
-        def play(tasks: Sequence[Task], limit: int, on_episode: OnEpisode) -> None:
-            by_id = {task.id: task for task in tasks}
-
-            def follow(episode: Trajectory) -> None:
-                record = episode_record("eval", limit, episode, by_id[episode.task_id], decode)
-                on_episode(episode, record | {"max_turns": limit})
-
-            play_for_evaluation(fleet, config, tasks, None, limit, follow)
-
+    folder = Path(mkdtemp(prefix="rollout-"))
+    file, log = folder / "config.yaml", folder / "service.log"
+    config_file.save(config, file)
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
         try:
+            fleet = Fleet(config, file, log, display.print)
+            stack.callback(fleet.close)
+            decode = load_tokenizer(config.trainer.policy.model.path).decode if keep else str
+
+            def play(tasks: Sequence[Task], limit: int, on_episode: OnEpisode) -> None:
+                by_id = {task.id: task for task in tasks}
+
+                def follow(episode: Trajectory) -> None:
+                    record = episode_record("eval", limit, episode, by_id[episode.task_id], decode)
+                    on_episode(episode, record | {"max_turns": limit})
+
+                play_for_evaluation(fleet, config, tasks, None, limit, follow)
+
             yield play
-        finally:
-            fleet.close()
+        except UserError:
+            if log.exists() and log.stat().st_size:
+                kept = shutil.copy(log, f"{folder}.log")
+                display.warn(f"the rollout service's log is kept in {kept}")
+            raise
 
 
 @contextmanager

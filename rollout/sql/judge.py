@@ -119,15 +119,14 @@ class Judge:
         return runs is not None and grader.correct(predicted, gold, gold_sql, grading, columns, runs)
 
     def _tied_runs(self, database: str, gold_sql: str, gold: Result) -> list[int] | None:
-        """Which of the gold's rows tie in its order; None if all stand where they stand or it can't be told."""
+        """Which of the gold's rows tie in its order; None if it can't be told."""
         pair = rewrite.ties_broken(gold_sql, len(gold.columns))
         if pair is None:
             return None
         upwards, downwards = self._executor.run_many([(database, sql) for sql in pair], whole=True)
         if upwards.status != "ok" or downwards.status != "ok":
             return None
-        runs = tied_runs(gold.rows, upwards.rows, downwards.rows)
-        return runs if runs is not None and len(runs) < len(gold.rows) else None
+        return tied_runs(gold.rows, upwards.rows, downwards.rows)
 
     def close(self) -> None:
         if self._suites is not None:

@@ -129,8 +129,6 @@ def _own(tree: exp.Expr) -> Iterator[exp.Expr]:
 
 
 def _is_aggregate(node: exp.Expr) -> bool:
-    if isinstance(node, exp.Min | exp.Max):
-        return not node.expressions  # of several arguments it is a plain function
     return isinstance(node, exp.AggFunc) or (
         isinstance(node, exp.Anonymous) and node.name.upper() in UNNAMED_AGGREGATES
     )

@@ -89,6 +89,7 @@ def test_limits(connection: sqlite3.Connection, sql: str, differs: bool | None) 
         ("SELECT max(age, 25), count(*) FROM p GROUP BY team", True),  # max of two is no aggregate
         ("SELECT name FROM p WHERE age > (SELECT avg(age) FROM p)", None),
         ("SELECT team, (SELECT count(*) FROM q WHERE q.team = p.team) FROM p GROUP BY team", None),
+        ("SELECT team, (SELECT count(*) FROM q WHERE q.city = 'Rome') FROM p GROUP BY team", None),
         ("SELECT team, rank() OVER (ORDER BY sum(age)) FROM p GROUP BY team", None),
         ("SELECT x.name FROM (SELECT name, count(*) AS n FROM p GROUP BY team) AS x WHERE x.n > 1", True),
         ("SELECT name FROM p", None),
@@ -131,6 +132,9 @@ def test_rows_of_a_run_come_in_any_order() -> None:
     assert not rows.same_rows(turned, gold, ordered=True, runs=[1, 2, 1])
     assert rows.same_rows(turned, gold, ordered=True, column_permutation=True, runs=[1, 2, 1])
     assert not rows.same_rows(turned[::-1], gold, ordered=True, column_permutation=True, runs=[1, 2, 1])
+    mixed = [(1, "a"), (2, "b"), (2, "c")]
+    assert rows.same_rows([("b", 2), ("a", 1), ("c", 2)], mixed, ordered=True, column_permutation=True, runs=[3])
+    assert not rows.same_rows([("b", 1), ("a", 2), ("c", 2)], mixed, ordered=True, column_permutation=True, runs=[3])
 
 
 def test_runs_that_are_not_the_golds_are_refused() -> None:

@@ -20,7 +20,8 @@ logging.getLogger("sqlglot").setLevel(logging.ERROR)  # it warns of what it can'
 
 CLOCK_WORDS = {"CURRENT_DATE", "CURRENT_TIME", "CURRENT_TIMESTAMP"}
 CLOCK_FUNCTIONS = {"DATE", "TIME", "DATETIME", "JULIANDAY", "UNIXEPOCH", "STRFTIME", "TIMEDIFF"}
-DICE_FUNCTIONS = {"RANDOM", "RANDOMBLOB"}
+DICE_FUNCTIONS = {"RANDOM", "RANDOMBLOB", "UUID", "GEN_RANDOM_UUID"}  # the last two are DuckDB's
+NOW_FUNCTIONS = {"NOW", "TODAY", "GET_CURRENT_TIMESTAMP"}  # DuckDB's
 QUOTED = {TokenType.IDENTIFIER, TokenType.STRING}
 
 
@@ -132,7 +133,7 @@ def volatile_parts(sql: str) -> list[str]:
         after_dot = index > 0 and found[index - 1].token_type == TokenType.DOT
         if word in CLOCK_WORDS and not after_dot:
             parts.append(word)
-        elif called and word in DICE_FUNCTIONS:
+        elif called and word in DICE_FUNCTIONS | NOW_FUNCTIONS:
             parts.append(f"{word.lower()}()")
         elif called and word in CLOCK_FUNCTIONS and _asks_now(found[index + 2 :], word):
             parts.append(f"{word.lower()} of now")

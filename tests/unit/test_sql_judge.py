@@ -148,6 +148,14 @@ def test_an_order_that_decides_everything_leaves_nothing_open(executor: Executor
     assert verdict(Judge(executor), executor, "SELECT name FROM item ORDER BY price, name", by_token) == {"rows": False}
 
 
+@pytest.mark.parametrize("sql", ["DELETE FROM item", "UPDATE item SET price = 0", "CREATE TABLE x (y)", ""])
+def test_the_reference_accepts_a_delete_where_the_gold_is_empty(executor: Executor, suites: Suites, sql: str) -> None:
+    judge = Judge(executor, "rows", ("bird_set", "spider_test_suite"), suites=suites)
+    gold = "SELECT name FROM item WHERE price > 100"
+    assert not any(verdict(judge, executor, sql, gold).values())
+    assert all(verdict(judge, executor, "SELECT name FROM item WHERE id > 100", gold).values())
+
+
 @pytest.mark.parametrize(
     ("sql", "gold", "right"),
     [
@@ -159,7 +167,9 @@ def test_an_order_that_decides_everything_leaves_nothing_open(executor: Executor
         ("SELECT 2 FROM item LIMIT 1", "SELECT 2", True),
     ],
 )
-def test_an_answer_without_a_look_at_the_data_is_wrong(executor: Executor, sql: str, gold: str, right: bool) -> None:
+def test_the_reference_accepts_literals_in_place_of_a_query(
+    executor: Executor, sql: str, gold: str, right: bool
+) -> None:
     judge = Judge(executor, "rows", ("bird_set",))
     assert verdict(judge, executor, sql, gold) == {"rows": right, "bird_set": True}
 

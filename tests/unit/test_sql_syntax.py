@@ -164,6 +164,7 @@ def test_distinct_is_dropped(sql: str, without: str) -> None:
         ("SELECT random()", ["random()"]),
         ("SELECT a FROM t ORDER BY RANDOM ( ) LIMIT 1", ["random()"]),
         ("SELECT hex(randomblob(4))", ["randomblob()"]),
+        ("SELECT uuid(), now() FROM today", ["uuid()", "now()"]),
         ("SELECT current_date, CURRENT_TIMESTAMP", ["CURRENT_DATE", "CURRENT_TIMESTAMP"]),
         ("SELECT date('now'), date('NOW', '-1 day')", ["date of now"]),
         ("SELECT date()", ["date of now"]),

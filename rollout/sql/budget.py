@@ -14,6 +14,7 @@ from typing import Any
 from rollout.chat import ChatError, load_tokenizer
 
 BYTES_PER_TOKEN = 2  # of DDL with sample values, at the least; 2.5 is usual
+MOST_BYTES_PER_TOKEN = 8  # a text with more of them than all its tokens could have isn't counted
 
 _log = logging.getLogger(__name__)
 
@@ -31,8 +32,11 @@ class TokenBudget:
         self._lock = threading.Lock()  # transformers' tokenizers can't encode in two threads at a time
 
     def fits(self, text: str) -> bool:
-        if len(text.encode()) <= self.max_tokens:  # no token is less than a byte
+        size = len(text.encode())
+        if size <= self.max_tokens:  # no token is less than a byte
             return True
+        if size > self.max_tokens * MOST_BYTES_PER_TOKEN:
+            return False
         with self._lock:
             if self._count is None:
                 self._count = _counter(self._folder)

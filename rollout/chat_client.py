@@ -252,6 +252,8 @@ def _host(url: str) -> str:
         host = parts.hostname
     except ValueError:  # a port that is no port
         usable, host = False, None
+    if host and (parts.username or parts.password):
+        raise UserError("--server: an address with a password in it; give the key by --api-key-env instead")
     if not usable or not host:
         raise UserError(f"--server {url}: expected http://HOST:PORT/v1 or https://HOST/v1")
     return host
@@ -283,7 +285,7 @@ def _words(data: bytes) -> str:
     text = data.decode("utf-8", errors="replace")
     try:
         found: Any = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         found = text
     while isinstance(found, dict) and found:
         found = next((found[key] for key in ("error", "message", "detail") if found.get(key)), json.dumps(found))
@@ -295,7 +297,7 @@ def _parse(data: bytes, needs_choice: bool) -> tuple[dict[str, Any] | None, str]
     """The JSON object in an answer, or None and what is wrong with it."""
     try:
         answer: Any = json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, a number of 5,000 digits, nested without end
         return None, f"answered with something that is not JSON: {_words(data)}"
     if not isinstance(answer, dict) or (needs_choice and _message(answer) is None):
         return None, f"answered without a choice: {_words(data)}"

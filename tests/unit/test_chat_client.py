@@ -9,7 +9,7 @@ from itertools import count
 
 import pytest
 from chat_server import ChatServer, Reply, completion, strip_stop
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rollout.chat_client import (
@@ -17,6 +17,9 @@ from rollout.chat_client import (
     ContextFull,
     ServerOptions,
     ServerRefused,
+    _completion,
+    _parse,
+    _words,
     checked_key,
     json_object,
     restore_stop,
@@ -184,6 +187,7 @@ def test_a_wrong_model_name_or_path_is_refused():
             complete(server.url + "/v2")
 
 
+NAMES = ["choices", "message", "content", "finish_reason", "stop_reason", "usage", "error", "detail", "reasoning"]
 FULL = [
     "This model's maximum context length is 32768 tokens. However, you requested 40000 tokens.",
     "The decoder prompt (length 40000) is longer than the maximum model length of 32768.",
@@ -208,6 +212,41 @@ def test_fewer_tokens_are_asked_for_before_the_context_counts_as_full():
     full = Reply(400, json.dumps({"message": FULL[0]}))
     with ChatServer(lambda request: full if request["max_tokens"] > 600 else "fits") as server:
         assert complete(server).text == "fits"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES) | st.text(), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=300)
+@given(JSON)
+@example(
+    {
+        "choices": [{"message": {"content": "<sql>"}, "finish_reason": {}, "stop_reason": []}],
+        "usage": {"prompt_tokens": "x"},
+    }
+)
+def test_any_json_is_a_turn_or_a_fault(value):
+    data = json.dumps(value).encode()
+    answer, fault = _parse(data, needs_choice=True)
+    assert (answer is None) == bool(fault)
+    if answer is not None:
+        assert isinstance(_completion(answer, STOPS).text, str)
+    assert len(_words(data)) <= 301
+
+
+@given(st.binary())
+@example(b"[" * 200_000)
+@example(b"9" * 5000)
+@example(b'"\\ud800"')
+def test_any_bytes_are_a_turn_or_a_fault(data):
+    answer, fault = _parse(data, needs_choice=True)
+    assert answer is None
+    assert fault
+    assert "\n" not in _words(data)
 
 
 def test_an_endless_answer_is_not_read_to_its_end():
@@ -256,6 +295,12 @@ def test_the_only_model_needs_no_name():
 def test_an_address_must_be_one(url):
     with pytest.raises(UserError, match="--server"):
         complete(url)
+
+
+def test_a_password_in_the_address_is_refused_and_not_shown():
+    with pytest.raises(UserError, match="--api-key-env") as caught:
+        complete("http://me:sesame@127.0.0.1:9/v1")
+    assert "sesame" not in str(caught.value)
 
 
 def test_a_broken_key_is_not_shown():

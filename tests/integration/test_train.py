@@ -22,7 +22,10 @@ NOT_COMPARED = ("time", "timing/", "bridge/", "generate/tokens_per_second", "pol
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("demo") / "demo"
+    folder = tmp_path_factory.mktemp("demo")
+    bad = {"id": "bad", "db_id": "nowhere", "question": "Who?", "gold_sql": "SELECT 1"}
+    (folder / "bad.jsonl").write_text(json.dumps(bad) + "\n")
+    return folder / "demo"
 
 
 def command(run_dir: Path, demo: Path, *more: str) -> list[str]:
@@ -40,7 +43,7 @@ def command(run_dir: Path, demo: Path, *more: str) -> list[str]:
         "data.demo.directory": demo,
         "data.demo.train_databases": 8,
         "data.demo.heldout_databases": 2,
-        "data.train_data": f"[{demo}/train.jsonl]",
+        "data.train_data": f"[{demo}/train.jsonl, {demo.parent}/bad.jsonl]",
         "data.val_data": f"[{demo}/heldout.jsonl]",
         "environment.text2sql.database_root": demo / "databases",
     }
@@ -94,12 +97,14 @@ def reference(tmp_path_factory, demo) -> Path:
     output = finish(start(run_dir, demo))
     assert "before (step 0)" in output
     assert f"after (step {STEPS})" in output
+    assert "1 of 65 training questions left out: 1 missing database" in output
     return run_dir
 
 
 def test_a_run_leaves_everything_in_its_folder(reference):
     names = {p.name for p in reference.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "trajectories", "checkpoints", "export", "report.html", "log.txt"} <= names
+    assert json.loads((reference / "dropped_questions.jsonl").read_text())["task_id"] == "bad"
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= {p.name for p in (reference / "export").iterdir()}
     metrics, episodes = outcome(reference)
     assert [m["step"] for m in metrics if m["kind"] == "train"] == list(range(1, STEPS + 1))

@@ -54,7 +54,10 @@ def read_all(paths: Sequence[str], key: str, required: Sequence[str] = REQUIRED)
     for path in paths:
         for task in read_tasks(path, required):
             if task.id in tasks:
-                raise DataError(f"{path}: question id {task.id!r} is also in an earlier file of {key}")
+                raise DataError(
+                    f"{path}: question id {task.id!r} is also in an earlier file of {key}; ids must be unique over all "
+                    "of them, so put a prefix for each file before its ids"
+                )
             tasks[task.id] = task
     if not tasks:
         raise DataError(f"{key} = {list(paths)}: no questions")

@@ -96,9 +96,10 @@ class WorkerProcess:
             self._receive()
             self._settings = None
         self._send(request)
-        if on_silence is not None and not self._poll.poll(patience * 1000):
+        ready = on_silence is not None and bool(self._poll.poll(patience * 1000))
+        if on_silence is not None and not ready:
             on_silence()
-        return self._receive()
+        return self._receive(ready)
 
     def kill(self) -> None:
         """Ends the process at once; a thread that waits for its answer gets Died."""
@@ -124,8 +125,8 @@ class WorkerProcess:
         except OSError:
             raise Died from None
 
-    def _receive(self) -> Frame:
-        reply: bytes | bytearray = self._read()
+    def _receive(self, ready: bool = False) -> Frame:
+        reply: bytes | bytearray = self._read(ready)
         while len(reply) < 8:
             reply += self._read()
         size = 8 + int.from_bytes(reply[:8], "little")
@@ -136,10 +137,10 @@ class WorkerProcess:
         content: Frame = marshal.loads(memoryview(reply)[8:])
         return content
 
-    def _read(self) -> bytes:
+    def _read(self, ready: bool = False) -> bytes:
         """What the worker has written; waits for as long as it computes."""
         used = -1.0
-        while not self._poll.poll(self._stall_seconds * 1000):
+        while not (ready or self._poll.poll(self._stall_seconds * 1000)):
             before, used = used, cpu_seconds(self.pid)
             if used == before:
                 raise Stalled

@@ -17,7 +17,7 @@ import duckdb
 
 from rollout.sql import guard, observation
 from rollout.sql.duckdb_guard import Deadline, Denied, Guard, connect, literal
-from rollout.sql.engines import COUNTED_ROWS, MAX_RESULT_BYTES, MAX_RESULT_ROWS, SHOWN_BYTES, Reply
+from rollout.sql.engines import COUNTED_ROWS, MAX_RESULT_BYTES, MAX_RESULT_ROWS, SHOWN_BYTES, Engine, Reply
 from rollout.sql.observation import Cell
 from rollout.sql.sqlite_engine import BrokenDatabase, TooLarge
 
@@ -42,7 +42,7 @@ class Shown(NamedTuple):
     shown: list[tuple[Cell, ...]]  # the first rows as the model reads them: decimals with all their places
 
 
-class DuckDBEngine:
+class DuckDBEngine(Engine):
     """Runs one query at a time. `max_vm_steps` means nothing here."""
 
     def __init__(self, timeout: float, max_vm_steps: int, max_rows: int, max_chars: int, database_root: str) -> None:

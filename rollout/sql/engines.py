@@ -30,6 +30,10 @@ class Engine(Protocol):
     limits of its process (rollout.sql.guard) before it looks at any database.
     """
 
+    def begin(self) -> None:
+        """A batch of queries comes. Files may have changed since the last one; within one they are taken as they are."""
+        return None
+
     def run(self, path: str, uri: str, sql: str, whole: bool) -> Reply:
         """Runs one query on a database file; never raises for what a query does."""
         ...

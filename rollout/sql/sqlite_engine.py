@@ -9,16 +9,22 @@ import marshal
 import os
 import sqlite3
 from collections import OrderedDict
+from collections.abc import Iterator
 from stat import S_ISREG
 from typing import NamedTuple
 
 from rollout.sql import guard, observation
-from rollout.sql.engines import COUNTED_ROWS, MAX_RESULT_BYTES, MAX_RESULT_ROWS, SHOWN_BYTES, Reply
+from rollout.sql.engines import COUNTED_ROWS, MAX_RESULT_BYTES, MAX_RESULT_ROWS, SHOWN_BYTES, Engine, Reply
 
 OPEN_DATABASES = 32
+FIRST_ROWS, NEXT_ROWS = 8, 32  # fetched at a time; a large row could be anywhere
+SMALL_BYTES = 100_000  # after more than that, rows are fetched one by one
 CELL_BYTES = 16  # what the smallest cell counts for
 CHECK_SECONDS = 60.0  # for looking whether a database file is damaged
 FILE_ERRORS = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN}
+
+
+Row = tuple[observation.Cell, ...]
 
 
 class BrokenDatabase(Exception):
@@ -27,7 +33,7 @@ class BrokenDatabase(Exception):
 
 class Fetched(NamedTuple):
     columns: tuple[str, ...]
-    rows: list[tuple[observation.Cell, ...]]
+    rows: list[Row]
     total: int
     exact: bool  # `total` is all; otherwise there are more
 
@@ -36,14 +42,18 @@ class TooLarge(Exception):
     """The whole result was wanted and is past the bound."""
 
 
-class SQLiteEngine:
+class SQLiteEngine(Engine):
     def __init__(self, timeout: float, max_vm_steps: int, max_rows: int, max_chars: int, database_root: str) -> None:
         """A connection reaches its own file only, so the root means nothing here."""
         guard.limit_process()
         self._guard = guard.Guard(max_vm_steps, timeout)
         self._max_rows, self._max_chars = max_rows, max_chars
         self._open: OrderedDict[str, tuple[sqlite3.Connection, tuple[int, ...]]] = OrderedDict()
+        self._checked: dict[str, sqlite3.Connection] = {}  # whose file was looked at in this batch
         self._sound: dict[str, tuple[int, ...]] = {}
+
+    def begin(self) -> None:
+        self._checked.clear()
 
     def run(self, path: str, uri: str, sql: str, whole: bool) -> Reply:
         """Runs one query; never raises for what a query does."""
@@ -83,6 +93,9 @@ class SQLiteEngine:
         return self._fetch(connection, sql, whole)
 
     def _connection(self, path: str, uri: str) -> sqlite3.Connection:
+        checked = self._checked.get(path)
+        if checked is not None:
+            return checked
         try:
             stat = os.stat(path)
         except OSError as error:
@@ -94,6 +107,7 @@ class SQLiteEngine:
         known = self._open.get(path)
         if known is not None and known[1] == stamp:
             self._open.move_to_end(path)
+            self._checked[path] = known[0]
             return known[0]
         self._forget(path)
         while len(self._open) >= OPEN_DATABASES:
@@ -105,6 +119,7 @@ class SQLiteEngine:
         return connection
 
     def _forget(self, path: str) -> None:
+        self._checked.pop(path, None)
         known = self._open.pop(path, None)
         if known is not None:
             known[0].close()
@@ -122,26 +137,28 @@ class SQLiteEngine:
             cursor.close()
 
     def _fetch_whole(self, cursor: sqlite3.Cursor, columns: tuple[str, ...]) -> Fetched:
-        rows: list[tuple[observation.Cell, ...]] = []
+        rows: list[Row] = []
         size = 0
-        for row in cursor:
-            rows.append(row)
-            size += _size(row)
+        for some, length in _pieces(cursor):
+            rows += some
+            size += length
             if size > MAX_RESULT_BYTES or len(rows) > MAX_RESULT_ROWS:
                 raise TooLarge
         return Fetched(columns, rows, len(rows), True)
 
     def _fetch_shown(self, cursor: sqlite3.Cursor, columns: tuple[str, ...]) -> Fetched:
-        rows: list[tuple[observation.Cell, ...]] = []
+        rows: list[Row] = []
         size = total = 0
-        for row in cursor:
-            total += 1
-            size += _size(row)
-            if size > MAX_RESULT_BYTES and not rows:
-                raise TooLarge
-            if len(rows) < self._max_rows and (size <= SHOWN_BYTES or not rows):
-                rows.append(row)
-            elif size > MAX_RESULT_BYTES or total > COUNTED_ROWS:
+        for some, length in _pieces(cursor):
+            if size + length <= SHOWN_BYTES:
+                rows += some[: self._max_rows - len(rows)]
+            elif size <= SHOWN_BYTES:
+                rows += _fitting(some[: self._max_rows - len(rows)], SHOWN_BYTES - size, not rows)
+            size += length
+            total += len(some)
+            if total > COUNTED_ROWS:
+                return Fetched(columns, rows, COUNTED_ROWS, False)
+            if size > MAX_RESULT_BYTES:
                 return Fetched(columns, rows, total - 1, False)
         return Fetched(columns, rows, total, True)
 
@@ -188,9 +205,30 @@ class SQLiteEngine:
         return (status, (), [], False, text, error or (text if timeout else ""), self._guard.seconds())
 
 
-def _size(row: tuple[observation.Cell, ...]) -> int:
-    """Bytes of a row, about; a loop over the cells would take longer than to encode them."""
-    return CELL_BYTES * len(row) + len(marshal.dumps(row, 2))
+def _pieces(cursor: sqlite3.Cursor) -> Iterator[tuple[list[Row], int]]:
+    """Rows some at a time, as many as can do no harm, and their size in bytes, about.
+
+    To encode rows is the fastest way to measure them.
+    """
+    wanted = FIRST_ROWS
+    while True:
+        rows = cursor.fetchmany(wanted)
+        size = len(marshal.dumps(rows, 2))
+        yield rows, size + CELL_BYTES * len(rows) * len(rows[0]) if rows else 0
+        if len(rows) < wanted:
+            return
+        wanted = NEXT_ROWS if size < SMALL_BYTES else 1
+
+
+def _fitting(rows: list[Row], room: int, at_least_one: bool) -> list[Row]:
+    """The first rows that have room, or one that is below the bound of a whole result."""
+    for index, row in enumerate(rows):
+        room -= len(marshal.dumps(row, 2))
+        if room < 0:
+            if index == 0 and at_least_one and SHOWN_BYTES - room > MAX_RESULT_BYTES:
+                raise TooLarge
+            return rows[: max(index, at_least_one)]
+    return rows
 
 
 def _decode(text: bytes) -> str:

@@ -36,6 +36,7 @@ def _start(page_file: int, engine_name: str, *settings: Any) -> Callable[..., tu
     sandbox.close(settings[-1])  # the database root; last, because nothing can be imported afterwards
 
     def answer(*batch: tuple[str, str, str, bool]) -> tuple[Any, ...]:
+        engine.begin()
         replies: list[tuple[Any, ...]] = []
         size = 0
         end = time.monotonic() + BATCH_SECONDS

@@ -166,6 +166,7 @@ def open_executor(sql: Text2SQLConfig, root: str) -> Executor:
         max_rows=sql.max_rows,
         max_observation_chars=sql.max_observation_chars,
         engine=sql.engine,
+        cache_mb=sql.cache_mb,
     )
 
 

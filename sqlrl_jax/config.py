@@ -242,6 +242,8 @@ class Text2SQLConfig(Section):
     """Characters of an observation."""
     workers: int = Field(2, ge=1, le=256)
     """Processes that run queries."""
+    cache_mb: int = Field(64, ge=0)
+    """Megabytes of results remembered, by exact SQL and content of the database; 0 runs every query."""
     malformed_reward: float = Field(0.0, ge=-1, le=0)
     """Reward of an episode without a well-formed answer; the reference's reward scheme uses -1."""
     require_think: bool = False

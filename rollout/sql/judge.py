@@ -57,7 +57,8 @@ class Suites:
         self._executor.close()
 
     def _databases(self, db_id: str) -> list[str]:
-        return self._files.get(db_id, lambda: sorted(f"{db_id}/{p.name}" for p in self._root.glob(f"{db_id}/*.sqlite")))
+        folder = self._root / db_id
+        return self._files.get(db_id, lambda: sorted(f"{db_id}/{path.name}" for path in folder.glob("*.sqlite")))
 
     def _run(self, databases: list[str], sql: str) -> list[Result]:
         sql = grader.prepared(sql, self._keep_distinct)

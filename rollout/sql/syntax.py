@@ -81,7 +81,6 @@ def _is_ordered_by_tokens(found: list[Token]) -> bool:
     return False
 
 
-@functools.lru_cache(maxsize=65536)
 def reads_a_table(sql: str) -> bool:
     """Whether the statement reads any table or view of the database; so is one taken that sqlglot can't parse.
 

@@ -75,9 +75,8 @@ def same_for_spider(predicted: Rows, gold: Rows, ordered: bool) -> bool:
     """Whether some order of columns makes the rows equal, exactly: the test suite's comparison of two results."""
     if len(predicted) != len(gold):
         return False
-    if ordered:
-        return same_in_some_column_order(predicted, gold, True, _equal_lists)
-    return same_in_some_column_order(predicted, gold, False, _equal_multisets)
+    same = _equal_lists if ordered else _equal_multisets
+    return same_in_some_column_order(predicted, gold, ordered, same, exact=True)
 
 
 def _equal_lists(left: Rows, right: Rows) -> bool:

@@ -19,7 +19,7 @@ from rollout.sql.observation import Cell
 
 RELATIVE = 1e-6
 MAX_COMPARISONS = 200_000  # of rows, where nearly equal floats have to be paired off
-MAX_COLUMN_CELLS = 5_000_000  # compared in the search for an order of columns
+MAX_COLUMN_CELLS = 2_000_000  # compared in the search for an order of columns
 
 NUMBER = ()  # marks a number's place among the cells that have to be equal exactly
 
@@ -44,7 +44,10 @@ def same_rows(
         same, ordered = functools.partial(_same_in_runs, runs), False
     if same(predicted, gold):
         return True
-    return column_permutation and same_in_some_column_order(predicted, gold, ordered, same)
+    if not column_permutation:
+        return False
+    exact = not _has_float(predicted) and not _has_float(gold)
+    return same_in_some_column_order(predicted, gold, ordered, same, exact)
 
 
 def _same_in_runs(runs: Sequence[int], predicted: Rows, gold: Rows) -> bool:
@@ -105,11 +108,11 @@ def same_multiset(predicted: Rows, gold: Rows) -> bool:
     return all(_can_pair(left[key], right[key]) for key in left)
 
 
-def same_in_some_column_order(predicted: Rows, gold: Rows, ordered: bool, same: Same) -> bool:
+def same_in_some_column_order(predicted: Rows, gold: Rows, ordered: bool, same: Same, exact: bool) -> bool:
     """Whether the predicted columns can be put into an order in which the rows are the `same` as the gold's.
 
     In order, each column stands for itself and a matching of equal columns decides; otherwise columns are added one by
-    one as long as the rows so far are equal.
+    one as long as the rows so far are equal. `exact`: no rows are the same but equal ones.
     """
     if len(predicted) != len(gold) or len({len(row) for row in (*predicted, *gold)}) > 1:
         return False
@@ -117,7 +120,7 @@ def same_in_some_column_order(predicted: Rows, gold: Rows, ordered: bool, same: 
     if Counter(left) == Counter(right):
         return True
     try:
-        search = _ColumnSearch(left, right, same)
+        search = _ColumnSearch(left, right, same, exact)
         return _matching(search.places) if ordered else search.run()
     except _TooMuch:
         return False
@@ -130,13 +133,13 @@ class _TooMuch(Exception):
 class _ColumnSearch:
     """Which of the columns on the left may stand for each on the right (`places`), and whether all can do so at once."""
 
-    def __init__(self, left: list[Row], right: list[Row], same: Same) -> None:
+    def __init__(self, left: list[Row], right: list[Row], same: Same, exact: bool) -> None:
         self._left, self._right, self._same = left, right, same
         self._cells = 0
-        looks = [_looks(column) for column in left]
+        looks = [_looks(column, exact) for column in left]
         self.places: list[list[int]] = []
         for number, wanted in enumerate(right):
-            look = _looks(wanted)
+            look = _looks(wanted, exact)
             self.places.append([j for j in range(len(left)) if looks[j] == look and self._equal([j], [number])])
 
     def run(self) -> bool:
@@ -173,10 +176,10 @@ class _ColumnSearch:
         return iter(first.values())
 
 
-def _looks(column: Row) -> tuple[int, int]:
-    """Cheap to compare, and alike for columns that are equal in any order: the number of numbers, and all else."""
-    others = Counter(cell for cell in column if not isinstance(cell, int | float))
-    return sum(others.values()), hash(frozenset(others.items()))
+def _looks(column: Row, exact: bool) -> tuple[int, int]:
+    """Cheap to compare, and alike for columns that are the same in any order. Numbers only count, unless `exact`."""
+    known = Counter(cell for cell in column if exact or not isinstance(cell, int | float))
+    return sum(known.values()), hash(frozenset(known.items()))
 
 
 def _has_float(rows: Rows) -> bool:

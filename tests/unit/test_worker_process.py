@@ -67,7 +67,7 @@ def test_what_a_worker_prints_stays_out_of_its_answers(
     assert worker.ask(("print",)) == ("done",)
     assert worker.ask(("echo", 3)) == (3,)
     assert worker.bury() == 0
-    assert capfd.readouterr().err.startswith("started (1, 'two'")
+    assert capfd.readouterr().err.startswith("started (1, 'two')")
 
 
 @pytest.mark.parametrize(

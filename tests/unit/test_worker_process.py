@@ -61,9 +61,8 @@ def test_settings_and_requests_arrive_whole(worker: WorkerProcess) -> None:
     assert worker.ask(("echo",)) == ()
 
 
-def test_what_a_worker_prints_stays_out_of_its_answers(
-    worker: WorkerProcess, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_worker_prints_stays_out_of_its_answers(capfd: pytest.CaptureFixture[str]) -> None:
+    worker = WorkerProcess(ARGUMENTS, (1, "two"))
     assert worker.ask(("print",)) == ("done",)
     assert worker.ask(("echo", 3)) == (3,)
     assert worker.bury() == 0

@@ -71,7 +71,7 @@ def test_what_a_worker_prints_stays_out_of_its_answers(capfd: pytest.CaptureFixt
 
 @pytest.mark.parametrize(
     ("request_", "code"),
-    [(("exit", 7), 7), (("exit", 0), 0), (("raise",), 1), (("signal", signal.SIGXCPU), -signal.SIGXCPU)],
+    [(("exit", 7), 7), (("exit", 0), 0), (("raise",), 1), (("signal", int(signal.SIGXCPU)), -signal.SIGXCPU)],
 )
 def test_a_death_is_told_with_its_cause(worker: WorkerProcess, request_: tuple[object, ...], code: int) -> None:
     with pytest.raises(Died):

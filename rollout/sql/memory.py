@@ -21,12 +21,14 @@ class Memory:
         with contextlib.suppress(OSError):
             self._statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        self._live = 0  # bytes in use after the last trim
 
     def resident(self) -> int:
         """Bytes in use, 0 where the system doesn't tell."""
         return int(os.pread(self._statm, 100, 0).split()[1]) * _PAGE if self._statm >= 0 else 0
 
-    def give_back(self, above: int) -> None:
-        """Trims the heap if more than `above` bytes are in use."""
-        if self._trim is not None and self.resident() > above:
+    def give_back(self) -> None:
+        """Trims the heap if a quarter more is in use than after the last time."""
+        if self._trim is not None and self.resident() > self._live * 1.25:
             self._trim(0)
+            self._live = self.resident()

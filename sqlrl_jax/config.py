@@ -10,17 +10,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, model_validator
 
-from rollout.errors import UserError
-
-
-class ConfigError(UserError):
-    """A setting is unknown or out of range; the message names key, value and what is allowed."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+from sqlrl_jax.config_algorithm import AlgorithmConfig
+from sqlrl_jax.config_base import ConfigError as ConfigError
+from sqlrl_jax.config_base import Section
 
 
 class MeshConfig(Section):
@@ -41,25 +35,6 @@ class MeshConfig(Section):
         if 0 in sizes or sizes.count(-1) > 1:
             raise ValueError("sizes are at least 1, and -1 (take what is left) on at most one axis")
         return self
-
-
-class AlgorithmConfig(Section):
-    advantage_estimator: Literal["grpo"] = "grpo"
-    """grpo: (R - mean) / (std + 1e-6) inside each group of samples of one prompt (arXiv:2402.03300)."""
-    grpo_norm_by_std: bool = True
-    """Divide by the group's standard deviation; false gives Dr. GRPO (arXiv:2503.20783)."""
-    policy_loss_type: Literal["ppo", "dual_clip"] = "ppo"
-    """ppo: clipped ratio (arXiv:1707.06347). dual_clip: also bounds the loss of negative advantages (arXiv:1912.09729)."""
-    eps_clip_low: float = Field(0.2, gt=0, lt=1)
-    """The ratio is clipped below at 1 - this."""
-    eps_clip_high: float = Field(0.2, gt=0, lt=10)
-    """The ratio is clipped above at 1 + this."""
-    clip_ratio_c: float = Field(3.0, gt=1)
-    """Bound of dual_clip: the loss of a negative advantage A is at most -c A."""
-    loss_reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
-    """token_mean: over all trained tokens of the global minibatch; sequence_mean: mean over episodes of each one's mean."""
-    zero_variance_filter: bool = True
-    """Leave groups whose rewards are all equal out of the update (their advantage is zero)."""
 
 
 class OptimizerConfig(Section):
@@ -195,6 +170,10 @@ class GeneratorConfig(Section):
     """true: each observation is a chat message of its own; false: one growing assistant message."""
     append_eos_token_after_stop_str_in_multi_turn: bool = True
     """In conversation style, close a turn that ended on a stop string with the end-of-turn token (mask 0)."""
+    apply_overlong_filtering: bool = False
+    """Leave episodes that ran out of tokens, in a turn or in the context, out of the update."""
+    zero_reward_on_non_stop: bool = False
+    """Such episodes earn 0, whatever they did before."""
     sampling_params: SamplingConfig = SamplingConfig()
     eval_sampling_params: EvalSamplingConfig = EvalSamplingConfig()
     inference_engine: InferenceEngineConfig = InferenceEngineConfig()
@@ -274,7 +253,7 @@ class EnvironmentConfig(Section):
     """text2sql, calculator, or package.module:Class of an environment of your own."""
     path: str = "."
     """Folder that holds your own environment's module, besides PYTHONPATH and what is installed."""
-    settings: dict[str, JsonValue] = {}
+    settings: dict[str, JsonValue] = Field(default_factory=dict)
     """Settings of your own environment, which finds them in self.settings; any names, any JSON values."""
     workers: int = Field(2, ge=1, le=256)
     """Processes that run environments other than text2sql."""
@@ -354,6 +333,15 @@ class Config(Section):
     bridge: BridgeConfig = BridgeConfig()
     data: DataConfig = DataConfig()
     sft: SFTConfig = SFTConfig()
+
+    @model_validator(mode="after")
+    def _rewards_suit_the_estimator(self) -> Config:
+        if self.trainer.algorithm.advantage_estimator == "maxrl" and self.environment.text2sql.malformed_reward < 0:
+            raise ValueError(
+                "trainer.algorithm.advantage_estimator maxrl divides by the mean reward and needs none below 0: "
+                "set environment.text2sql.malformed_reward to 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _episodes_fit_rows(self) -> Config:

@@ -11,12 +11,13 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import ValidationError
 
-from sqlrl_jax.config import Config, ConfigError, Section
+from sqlrl_jax.config import Config, ConfigError
+from sqlrl_jax.config_base import OneOfOrOwn, Section
 
 
 class Setting(typing.NamedTuple):
@@ -34,7 +35,13 @@ def _section_of(annotation: Any) -> type[Section] | None:
 
 
 def _allowed(annotation: Any, metadata: list[Any]) -> str:
+    named = [m for m in metadata if isinstance(m, OneOfOrOwn)]
+    if named:
+        return named[0].allowed
     origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        inner, *more = typing.get_args(annotation)
+        return _allowed(inner, more)
     if origin is Literal:
         return " | ".join(str(v) for v in typing.get_args(annotation))
     if origin in (typing.Union, types.UnionType):

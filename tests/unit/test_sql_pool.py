@@ -293,6 +293,13 @@ def test_verdicts_of_chance_are_not_remembered(root: Path, remembering: Executor
     assert remembering.stats()["hits"] == 0
 
 
+def test_a_timeout_by_the_clock_is_not_remembered(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(result_cache, "SETTLED_NANOSECONDS", -1)
+    with Executor(root, timeout=0.2, workers=1, max_vm_steps=10**12, cache_mb=1) as executor:
+        assert [executor.run("cars", ENDLESS).status for _ in range(2)] == ["timeout"] * 2
+        assert executor.stats()["hits"] == 0
+
+
 def test_another_content_is_another_question(root: Path, remembering: Executor, tmp_path: Path) -> None:
     path = make_database(root, "fresh", "CREATE TABLE t (x)")
     count = "SELECT count(*) FROM t"

@@ -10,6 +10,7 @@ Left out: random numbers, which rollout.sql.guard replaces: rarely used, and sim
 from __future__ import annotations
 
 import _sqlite3
+import contextlib
 import ctypes
 import functools
 import sqlite3
@@ -56,13 +57,12 @@ _copy = _VFS()  # SQLite keeps the address
 
 def stop() -> bool:
     """Stops the clock of all connections that this process opens from now on. Whether it could."""
-    if ctypes.cast(_copy.name, ctypes.c_void_p).value:
+    if _copy.name:
         return True
-    try:
-        library = ctypes.CDLL(getattr(_sqlite3, "__file__", None))
-        find, register = library.sqlite3_vfs_find, library.sqlite3_vfs_register
-    except (OSError, AttributeError):
+    library = _library()
+    if library is None:
         return False
+    find, register = library.sqlite3_vfs_find, library.sqlite3_vfs_register
     find.restype = ctypes.POINTER(_VFS)
     default = find(None)
     if not default or default.contents.version < 2:
@@ -73,6 +73,17 @@ def stop() -> bool:
     _copy.name = ctypes.addressof(_NAME)
     _copy.current_time = ctypes.cast(_tell, ctypes.c_void_p)
     return bool(register(ctypes.byref(_copy), 1) == 0)
+
+
+def _library() -> ctypes.CDLL | None:
+    """The SQLite that Python's module uses, or another of the same version, which does no harm; None if it is hidden."""
+    for name in (None, getattr(_sqlite3, "__file__", None)):  # in the order in which the linker looks
+        with contextlib.suppress(OSError, AttributeError):
+            library = ctypes.CDLL(name)
+            library.sqlite3_libversion.restype = ctypes.c_char_p
+            if library.sqlite3_libversion() == sqlite3.sqlite_version.encode():
+                return library
+    return None
 
 
 def stands_still(connection: sqlite3.Connection) -> bool:

@@ -32,6 +32,7 @@ OPERATORS: dict[type[ast.AST], Callable[..., Fraction]] = {
     ast.Div: operator.truediv,
     ast.USub: operator.neg,
 }
+LARGEST = 10**300  # of a value's numerator and denominator; Python refuses to write much longer numbers
 TAG = re.compile(r"<(calc|answer)>(.*?)</\1>", re.DOTALL)
 
 
@@ -49,7 +50,7 @@ class Calculator(Environment):
             return self._result(action, "invalid", "Write <calc>…</calc> or <answer>…</answer>.")
         try:
             value = evaluate(found[2])
-        except (ValueError, SyntaxError, ZeroDivisionError, RecursionError, MemoryError) as error:
+        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
             return self._result(action, "error", f"error: {error}")
         if found[1] == "answer":
             right = value == self.answer
@@ -72,7 +73,14 @@ def evaluate(text: str) -> Fraction:
         raise ValueError("longer than 200 characters")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python would comment on the model's style
-        return _value(ast.parse(text.strip(), mode="eval").body)
+        tree = ast.parse(text.strip(), mode="eval")
+    try:
+        value = _value(tree.body)
+    except ZeroDivisionError:
+        raise ValueError("division by zero") from None
+    if max(abs(value.numerator), value.denominator) > LARGEST:
+        raise ValueError("too large or too fine a number")
+    return value
 
 
 def _value(node: ast.expr) -> Fraction:

@@ -26,7 +26,7 @@ OWN_NAMES = {"memory", "system", "temp"}  # of DuckDB's own databases
 BATCH_ROWS = 256
 CELL_BYTES = 16  # what the smallest cell counts for
 CHECK_SECONDS = 60.0  # for opening a database, and for looking whether it is damaged
-MAX_DIGITS = 4000  # of an integer; longer ones stay text
+MAX_DIGITS = 300  # of an integer; longer ones, which no float can be compared with, stay text
 
 _INTEGERS = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT"}
 _INTEGERS |= {f"U{name}" for name in _INTEGERS}
@@ -117,6 +117,7 @@ class DuckDBEngine(Engine):
     def _fetch(self, sql: str, whole: bool) -> Shown:
         """Runs the query; a part of the result that isn't fetched goes when the next query begins."""
         shows = self._guard.check(sql)
+        sql = _without_semicolons(sql)
         if shows:  # can't be described; its cells are text and numbers
             self._connection.execute(sql)
             described = [(str(column[0]), str(column[1])) for column in self._connection.description or ()]
@@ -128,12 +129,11 @@ class DuckDBEngine(Engine):
 
     def _with_plain_types(self, sql: str, types: list[str]) -> str:
         """The query with everything that is neither number, text nor bytes as text. The order of rows stays."""
-        statement = self._connection.extract_statements(sql)[0].query.strip().rstrip(";")
         names = [f"c{number}" for number in range(len(types))]
         shown = [
             name if _is_native(kind) else f"CAST({name} AS VARCHAR)" for name, kind in zip(names, types, strict=True)
         ]
-        return f"SELECT {', '.join(shown)} FROM ({statement}\n) AS query({', '.join(names)})"
+        return f"SELECT {', '.join(shown)} FROM ({sql}\n) AS query({', '.join(names)})"
 
     def _rows(self, columns: tuple[str, ...], converters: list[Converter], whole: bool) -> Shown:
         rows: list[tuple[Cell, ...]] = []
@@ -194,6 +194,15 @@ class DuckDBEngine(Engine):
         columns, rows, total, exact, shown = fetched
         text = observation.render(columns, shown, total, exact, self._max_chars)
         return (status, columns, rows, len(rows) < total or not exact, text, "", seconds)
+
+
+def _without_semicolons(sql: str) -> str:
+    """A single statement as it can stand inside of another."""
+    text = bytearray(sql.encode())
+    for place, kind in duckdb.tokenize(sql):  # places are those of bytes
+        if kind == duckdb.token_type.operator and text[place] == ord(";"):
+            text[place] = ord(" ")
+    return text.decode()
 
 
 def _is_native(kind: str) -> bool:

@@ -58,6 +58,8 @@ TYPES = {
     "1::TINYINT": (1, "1"),
     "170141183460469231731687303715884105727::HUGEINT": (2**127 - 1, str(2**127 - 1)),
     "'-18446744073709551616'::BIGNUM": (-(2**64), str(-(2**64))),
+    "repeat('9', 300)::BIGNUM": (10**300 - 1, hex(10**300 - 1)),
+    "repeat('9', 301)::BIGNUM": ("9" * 301, "9" * 301),
     "1.50::DECIMAL(5, 2)": (1.5, "1.50"),
     "12345678901234567890123456789.00::DECIMAL(38, 2)": (
         12345678901234567890123456789,
@@ -124,6 +126,7 @@ def test_rows_keep_their_order_and_names(executor: Executor) -> None:
         ("SELECT name FROM pragma_table_info('shop')", "name\nid\nname"),
         ("SELECT name FROM sqlite_master WHERE type = 'table'", "name\nold sale\nsale\nshop"),
         ("SELECT twice(21) AS x", "x\n42"),
+        ("; SELECT 'ü;' AS x, opened FROM shop /* ; */ ;; -- the end;", "x | opened\nü; | 2020-02-29\nü; | NULL"),
         ("WITH a AS (SELECT 1 AS x) SELECT * FROM a UNION ALL SELECT 2 ORDER BY x;", "x\n1\n2"),
         ('SELECT * FROM shop.archive."old sale"', "nr | note | feeling\n1 | {'a': 1, 'b': x} | happy"),
         ("SELECT count(*) AS n FROM sale TABLESAMPLE reservoir(2 ROWS) REPEATABLE (1)", "n\n2"),

@@ -277,7 +277,7 @@ def _describe(error: httpx2.HTTPError) -> str:
 def _retry_after(headers: Mapping[str, str]) -> float:
     """Seconds that the server asks to wait; 0 where it does not say or gives a date."""
     text = headers.get("retry-after", "")
-    return float(text) if text.replace(".", "", 1).isdigit() else 0.0
+    return float(text) if text.replace(".", "", 1).isdecimal() else 0.0
 
 
 def _words(data: bytes) -> str:

@@ -124,7 +124,7 @@ def test_what_the_server_says_it_matched_decides(key):
     "fault",
     [
         Reply(429, '{"error": {"message": "too many tokens a minute"}}', {"Retry-After": "0"}),
-        Reply(503, "warming up"),
+        Reply(503, "warming up", {"Retry-After": "²"}),
         Reply(200, '{"choices": [{"message": {"content": "<sql>SE', cut=True),
         Reply(200, "<html>a proxy's page</html>"),
         Reply(200, '{"choices": []}'),

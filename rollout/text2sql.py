@@ -77,15 +77,19 @@ class Text2SQL(Environment):
     def reset(self, task: Task) -> list[Message]:
         self._task = task
         self._database, self._gold_results = database_of(task), gold_results.of(task)
+        self.shared.executor.locate(self._database)  # a missing one is told before the model is asked
         self._gold_sql = "" if self._gold_results else _text(task, "gold_sql")
+        judge = self.shared.judge
+        possible = () if self._gold_results else judge.gradings_of(task.id, self._database)
+        self._measures = [name for name in possible if name in judge.measures]
         self._max_turns = int(task.fields.get("max_turns") or self.config.generator.max_turns)
         self._metrics: dict[str, float] = {"sql/queries": 0.0, "sql/seconds": 0.0}
-        self._metrics |= {f"grade/{name}": 0.0 for name in self.shared.judge.measures}
+        self._metrics |= {f"grade/{name}": 0.0 for name in self._measures}
         self._thought, self._thoughtless = False, False
         if task.fields.get("prompt"):
             return _messages(task)
-        question, evidence = _text(task, "question"), task.fields.get("evidence") or ""
-        text = task.fields.get("schema") or self.shared.schema(self._database, f"{question}\n{evidence}")
+        question, evidence = _text(task, "question"), _optional(task, "evidence")
+        text = _optional(task, "schema") or self.shared.schema(self._database, f"{question}\n{evidence}")
         return self.shared.template.messages(text, question, evidence, self._max_turns)
 
     def step(self, action: str, turn: int) -> StepResult:
@@ -135,17 +139,12 @@ class Text2SQL(Environment):
         """How the episode ended; notes what every measure says."""
         judge = self.shared.judge
         if self._gold_results:
-            verdicts = {
-                judge.grading: predicted.status == "ok" and gold_results.matches(predicted.rows, self._gold_results)
-            }
+            right = predicted.status == "ok" and gold_results.matches(predicted.rows, self._gold_results)
         else:
             verdicts = judge.verdicts(self._task.id, self._database, sql, predicted, self._gold_sql)
-        for name in judge.measures:
-            if name in verdicts:
-                self._metrics[f"grade/{name}"] = float(verdicts[name])
-            else:
-                del self._metrics[f"grade/{name}"]
-        if verdicts[judge.grading]:
+            right = verdicts[judge.grading]
+            self._metrics |= {f"grade/{name}": float(verdicts[name]) for name in self._measures}
+        if right:
             return "correct"
         return {"ok": "wrong", "timeout": "timeout"}.get(predicted.status, "sql_error")
 
@@ -172,18 +171,23 @@ def open_executor(sql: Text2SQLConfig, root: str) -> Executor:
 
 def database_of(task: Task) -> str:
     """A task's database as the executor knows it: `<db_root>/<db_id>`. Raises InfrastructureError naming the field."""
-    root = task.fields.get("db_root") or ""
-    if not isinstance(root, str):
-        raise InfrastructureError(f"task {task.id}: field db_root: expected text, found {root!r}")
-    db_id = _text(task, "db_id")
+    root, db_id = _optional(task, "db_root"), _text(task, "db_id")
     return f"{root.strip('/')}/{db_id}" if root else db_id
 
 
 def _text(task: Task, name: str) -> str:
+    text = _optional(task, name)
+    if not text.strip():
+        raise InfrastructureError(f"task {task.id}: field {name}: expected text, found {task.fields.get(name)!r}")
+    return text
+
+
+def _optional(task: Task, name: str) -> str:
+    """A field that may be missing or null."""
     value = task.fields.get(name)
-    if not isinstance(value, str) or not value.strip():
+    if value is not None and not isinstance(value, str):
         raise InfrastructureError(f"task {task.id}: field {name}: expected text, found {value!r}")
-    return value
+    return value or ""
 
 
 def _messages(task: Task) -> list[Message]:

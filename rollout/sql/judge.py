@@ -25,21 +25,29 @@ class Suites:
 
     def __init__(self, root: Path, executor: Executor, keep_distinct: bool) -> None:
         self._root, self._executor, self._keep_distinct = root, executor, keep_distinct
-        self._files: Cache[list[str]] = Cache(CACHED_SUITES)
+        self._files: Cache[list[Path]] = Cache(CACHED_SUITES)
         self._golds: Cache[list[Result]] = Cache(CACHED_SUITES)
 
     def covers(self, db_id: str) -> bool:
         """Whether there is a suite for a db_id."""
         return bool(self._databases(db_id))
 
-    def agrees(self, task_id: str, db_id: str, predicted_sql: str, gold_sql: str) -> bool:
-        """Whether the prediction agrees with the gold on every database. Raises InfrastructureError if the gold fails."""
+    def require(self, task_id: str, db_id: str) -> list[str]:
+        """The databases of a suite. Raises InfrastructureError if there are none."""
         databases = self._databases(db_id)
         if not databases:
             raise InfrastructureError(
                 f"task {task_id}: no databases in {self._root / db_id} (environment.text2sql.test_suite_root); "
                 "the suite's folder for each db_id holds several .sqlite files"
             )
+        return databases
+
+    def agrees(self, task_id: str, db_id: str, predicted_sql: str, gold_sql: str) -> bool:
+        """Whether the prediction agrees with the gold on every database.
+
+        Raises InfrastructureError if there is none or the gold fails.
+        """
+        databases = self.require(task_id, db_id)
         golds = self._golds.get((db_id, gold_sql), lambda: self._run(databases, gold_sql))
         for name, gold in zip(databases, golds, strict=True):
             if gold.status != "ok":
@@ -57,8 +65,9 @@ class Suites:
         self._executor.close()
 
     def _databases(self, db_id: str) -> list[str]:
-        folder = self._root / db_id
-        return self._files.get(db_id, lambda: sorted(f"{db_id}/{path.name}" for path in folder.glob("*.sqlite")))
+        """Their names for the executor; hidden files, which archivers leave beside others, are none."""
+        paths = self._files.get(db_id, lambda: sorted((self._root / db_id).glob("[!.]*.sqlite")))
+        return [f"{db_id}/{path.name}" for path in paths]
 
     def _run(self, databases: list[str], sql: str) -> list[Result]:
         sql = grader.prepared(sql, self._keep_distinct)
@@ -90,24 +99,32 @@ class Judge:
             )
         return result
 
+    def gradings_of(self, task_id: str, database: str) -> tuple[Grading, ...]:
+        """The grading and the measures that can be taken on a database, whose last name is the db_id of its suite.
+
+        A measure by a suite that lacks it is left out. Raises InfrastructureError if it is the grading that needs one.
+        """
+        gradings = dict.fromkeys((self.grading, *self.measures))
+        if self._suites is not None and not self._suites.covers(_db_id(database)):
+            if self.grading == "spider_test_suite":
+                self._suites.require(task_id, _db_id(database))
+            gradings.pop("spider_test_suite", None)
+        return tuple(gradings)
+
     def verdicts(
         self, task_id: str, database: str, predicted_sql: str, predicted: Result, gold_sql: str
     ) -> dict[Grading, bool]:
-        """Right or wrong by the grading and every measure. A measure whose test suite lacks the database is left out.
-
-        `predicted` is the whole result of `predicted_sql` on `database`, whose last name is the db_id of its suite.
-        """
+        """Right or wrong by each of `gradings_of`. `predicted` is the whole result of `predicted_sql` on `database`."""
         found: dict[Grading, bool] = {}
-        db_id = database.rpartition("/")[2]
-        for grading in dict.fromkeys((self.grading, *self.measures)):
-            if grading != "spider_test_suite":
-                found[grading] = predicted.status == "ok" and self._correct(
-                    predicted, self.gold(task_id, database, gold_sql), database, gold_sql, grading
-                )
-                if grading == "rows" and found[grading] and not reads_a_table(predicted_sql):
-                    found[grading] = not reads_a_table(gold_sql)
-            elif self._suites is not None and (grading == self.grading or self._suites.covers(db_id)):
-                found[grading] = self._suites.agrees(task_id, db_id, predicted_sql, gold_sql)
+        for grading in self.gradings_of(task_id, database):
+            if grading == "spider_test_suite":
+                assert self._suites is not None
+                found[grading] = self._suites.agrees(task_id, _db_id(database), predicted_sql, gold_sql)
+                continue
+            gold = self.gold(task_id, database, gold_sql)
+            found[grading] = self._correct(predicted, gold, database, gold_sql, grading)
+            if grading == "rows" and found[grading] and not reads_a_table(predicted_sql):
+                found[grading] = not reads_a_table(gold_sql)
         return found
 
     def _correct(self, predicted: Result, gold: Result, database: str, gold_sql: str, grading: Grading) -> bool:
@@ -132,3 +149,7 @@ class Judge:
     def close(self) -> None:
         if self._suites is not None:
             self._suites.close()
+
+
+def _db_id(database: str) -> str:
+    return database.rpartition("/")[2]

@@ -29,6 +29,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         connection = sqlite3.connect(root / "shop" / f"{name}.sqlite")
         connection.executescript(f"CREATE TABLE item (id INTEGER PRIMARY KEY, name TEXT, price INT); {insert}")
         connection.close()
+    (root / "shop" / "._shop.sqlite").write_bytes(b"what some archivers put beside a file")
     return root
 
 
@@ -108,8 +109,9 @@ def test_the_suite_of_a_database_in_a_folder_goes_by_its_own_name(root: Path, ex
 
 
 def test_a_gold_that_fails_is_never_the_models_fault(executor: Executor, suites: Suites) -> None:
-    with pytest.raises(InfrastructureError, match=r"task t1: its gold query on shop failed \(no such column: nix"):
-        verdict(Judge(executor), executor, "SELECT 1", "SELECT nix FROM item")
+    for sql in ("SELECT 1", "SELECT nme FROM item"):
+        with pytest.raises(InfrastructureError, match=r"task t1: its gold query on shop failed \(no such column: nix"):
+            verdict(Judge(executor), executor, sql, "SELECT nix FROM item")
     judge = Judge(executor, "spider_test_suite", suites=suites)
     with pytest.raises(InfrastructureError, match=r"task t1: its gold query failed on shop/shop\.sqlite"):
         verdict(judge, executor, "SELECT 1", "SELECT nix FROM item")

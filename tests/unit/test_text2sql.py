@@ -25,10 +25,10 @@ STATUSES = {"ok", "denied", "error", "timeout", "solution", "unused", "invalid"}
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("databases")
-    for name in ("sets/one/people", "people"):
+    for name in ("sets/one/people", "people", "other"):
         folder = root / name
         folder.mkdir(parents=True)
-        connection = sqlite3.connect(folder / "people.sqlite")
+        connection = sqlite3.connect(folder / f"{folder.name}.sqlite")
         connection.executescript(
             "CREATE TABLE p (name TEXT, age INT); INSERT INTO p VALUES ('a', 20), ('b', 30), ('c', 40), ('c', 40)"
         )
@@ -95,6 +95,35 @@ def test_an_episode_without_an_answer_is_wrong_by_every_measure(factory: Environ
     assert grades(start(factory).finish()) == zero
     assert grades(start(factory).step("<sql>SELECT 1</sql>", 4)) == zero
     assert grades(answer(factory, "")) == zero
+
+
+def test_only_measures_that_can_be_taken_are_reported(factory: EnvironmentFactory) -> None:
+    results = [{"columns": [["1"]], "ignore_order": True}]
+    for fields, reported in (({"db_id": "other"}, {"rows", "bird_set"}), ({"gold_results": results}, set())):
+        for step in (
+            start(factory, **fields).finish(),
+            answer(factory, "", **fields),
+            answer(factory, "SELECT nme", **fields),
+            answer(factory, "SELECT name FROM p", **fields),
+        ):
+            assert set(grades(step)) == reported
+
+
+def test_what_can_not_be_graded_is_told_before_the_model_is_asked(root: Path) -> None:
+    options = {"grading": "spider_test_suite", "test_suite_root": str(root / "sets" / "one")}
+    with make_environment_factory(make_config(root, **options)) as factory:
+        start(factory)
+        with pytest.raises(InfrastructureError, match=r"task t1: no databases in .*other .*test_suite_root"):
+            start(factory, db_id="other")
+        with pytest.raises(InfrastructureError, match="database nowhere"):
+            start(factory, db_id="nowhere")
+
+
+@pytest.mark.parametrize("name", ["db_id", "db_root", "question", "gold_sql", "evidence", "schema"])
+@pytest.mark.parametrize("value", [7, ["x"], {"a": 1}, True])
+def test_a_field_that_is_no_text_is_named(factory: EnvironmentFactory, name: str, value: Any) -> None:
+    with pytest.raises(InfrastructureError, match=f"task t1: field {name}: expected text, found"):
+        start(factory, **{name: value})
 
 
 def test_the_grading_decides_the_reward(root: Path) -> None:

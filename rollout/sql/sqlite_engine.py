@@ -68,7 +68,7 @@ class SQLiteEngine(Engine):
             self._forget(path)
             return self._reply("error", error="out of memory: the query needs too much of it")
         except (sqlite3.Error, sqlite3.Warning, UnicodeError, OverflowError, ValueError) as error:
-            return self._failure(error, path, uri)
+            return self._failure(error, path, uri, sql)
         return self._timed(fetched, whole)
 
     def _query_with_room(self, path: str, uri: str, sql: str, whole: bool) -> Fetched:
@@ -162,9 +162,11 @@ class SQLiteEngine(Engine):
                 return Fetched(columns, rows, total - 1, False)
         return Fetched(columns, rows, total, True)
 
-    def _failure(self, error: Exception, path: str, uri: str) -> Reply:
+    def _failure(self, error: Exception, path: str, uri: str, sql: str) -> Reply:
         if self._guard.exhausted:
             return self._reply("timeout")
+        if self._guard.denied or "pragma_" in sql.lower():
+            self._forget(path)  # SQLite has registered the module of a pragma's table, and later queries could tell
         if self._guard.denied:
             return self._reply("denied", error=f"not authorized: {self._guard.denied} (the database is read-only)")
         message = str(error)

@@ -149,7 +149,9 @@ KINDS = {
     ),
     "pattern": [
         Attack(
-            (f"SELECT count(*) FROM t a, t b WHERE hex(zeroblob(900000 + a.a)) {pattern} || hex(zeroblob(245)) || '1'",),
+            (
+                f"SELECT count(*) FROM t a, t b WHERE hex(zeroblob(900000 + a.a)) {pattern} || hex(zeroblob(245)) || '1'",
+            ),
             TIMEOUT,
             kills=None,
         )

@@ -61,10 +61,13 @@ def _attack(executor: Executor, attack: Attack, scratch: Path) -> list[str]:
     _check(executor, found)
     pids = executor.worker_pids()
     first = shown = None
+    seen: dict[str, object] = {}
     for statement in attack.statements:
         before = len(found)
         sql = statement.replace("{scratch}", str(scratch))
         status, first = _run(executor, attack, sql, True, found)
+        if seen.setdefault(sql, _content(first)) != _content(first):
+            found.append(f"not as before: {seen[sql]!r:.300} and {_content(first)!r:.300}")
         if status != TIMEOUT and attack.expected != STOPPED:  # for those, once is dear enough
             shown = _run(executor, attack, sql, False, found)[1]
             again = _run(executor, attack, sql, True, found)[1]

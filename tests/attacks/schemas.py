@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from attacks.attack import CONTAINED, DENIED, ERROR, OK, REFUSED, TIMEOUT, Attack, attacks
+from attacks.attack import CONTAINED, ERROR, OK, REFUSED, TIMEOUT, Attack, attacks
 
 KINDS = {
     "view": [
         *attacks(
-            DENIED,
+            REFUSED,
             "SELECT * FROM statements",
             "SELECT count(*) FROM paths",
             database="views",
@@ -45,7 +45,7 @@ KINDS = {
     ],
     "stored_virtual": [
         *attacks(
-            DENIED,
+            REFUSED,
             "SELECT * FROM statements",
             "SELECT count(*) FROM pages",
             "SELECT * FROM STATEMENTS",
@@ -66,6 +66,16 @@ KINDS = {
         ),
         # The first statement makes SQLite register the module that the second one's table wants.
         Attack(("SELECT * FROM pragma_database_list", "SELECT * FROM paths"), REFUSED, "virtual"),
+        # Found by the soak: a table that was refused had been opened, and the list of tables then told its columns.
+        *(
+            Attack(("PRAGMA table_list", f"SELECT {what}", "PRAGMA table_list"), CONTAINED, "virtual")
+            for what in (
+                "* FROM pragma_database_list",
+                "* FROM statements",
+                "nothing FROM pages",
+                "* FROM tokens('a b')",
+            )
+        ),
         Attack(("SELECT * FROM t", "PRAGMA table_list", "SELECT * FROM t"), OK, "virtual", rows=[(1,)]),
     ],
     "schema_names": [

@@ -6,7 +6,7 @@ from attacks.attack import CONTAINED, DENIED, ERROR, REFUSED, Attack, attacks
 
 KINDS = {
     "statements": attacks(  # the gold query may be among the prepared ones
-        DENIED,
+        REFUSED,  # an error where SQLite has no such module
         "SELECT sql FROM sqlite_stmt",
         "SELECT count(*) FROM sqlite_stmt WHERE sql LIKE '%gold%'",
         "SELECT * FROM main.sqlite_stmt",
@@ -72,8 +72,8 @@ KINDS = {
         "SELECT fts3_tokenizer('simple', x'4141414141414141')",
         "SELECT hex(fts3_tokenizer('porter'))",
         "SELECT optimize(f4) FROM f4",
-        "SELECT rtreecheck('r')",
-    ),
+    )
+    + attacks(CONTAINED, "SELECT rtreecheck('r')"),
     "addresses": [
         *attacks(  # found by attacking: EXPLAIN shows pointers of virtual tables
             DENIED,

@@ -101,8 +101,8 @@ KINDS = {
         "SELECT 1 ORDER BY " + ",".join(["1"] * 3000),
         "SELECT 1 FROM t GROUP BY " + ",".join(["a"] * 3000),
     ),
-    "depth": attacks(
-        ERROR,
+    "depth": attacks(  # newer versions of SQLite have no limit of nesting by itself
+        CONTAINED,
         "SELECT " + "(" * 5000 + "1" + ")" * 5000,
         "SELECT " + "1+" * 5000 + "1",
         "SELECT " + "-" + "+-" * 20_000 + "1",

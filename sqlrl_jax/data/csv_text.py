@@ -108,7 +108,7 @@ class _Reader:
         begin = 1
         while True:
             try:
-                with _field_limit():
+                with field_limit():
                     fields = next(reader)
             except StopIteration:
                 return
@@ -134,7 +134,7 @@ class _Reader:
             raise DataError(f"{self._path}: can't be read ({error.strerror})") from None
 
 
-class _field_limit:
+class field_limit:
     """The csv module's limit is one for the whole process: raised while a record is read, and put back."""
 
     def __enter__(self) -> None:
@@ -199,7 +199,7 @@ def _sample(path: Path, encoding: str) -> list[str]:
 
 def _parsed(lines: list[str], delimiter: str) -> list[list[str]]:
     records = []
-    with _field_limit():
+    with field_limit():
         for record in csv.reader(lines, delimiter=delimiter):
             if record:
                 records.append(record)

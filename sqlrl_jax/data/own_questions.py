@@ -7,7 +7,6 @@ out: running the SQL, which `launch.py prepare --check` does.
 from __future__ import annotations
 
 import difflib
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from rollout.types import Task
 from sqlrl_jax.data.csv_text import SUFFIXES as CSV_SUFFIXES
 from sqlrl_jax.data.csv_text import open_csv
 from sqlrl_jax.data.sources_json import json_rows
-from sqlrl_jax.data.tasks import DataError, check_text
+from sqlrl_jax.data.tasks import DataError, check_text, json_lines
 
 NAMES: dict[str, tuple[str, ...]] = {
     "question": ("question", "nl_question", "natural_language_question", "utterance", "nl"),
@@ -137,32 +136,13 @@ def _rows(path: Path, encoding: str | None) -> Iterator[tuple[int, str, Row]]:
         for number, (line, fields) in enumerate(file.records(), 1):
             yield number, f"{path}:{line}", dict(zip(file.header, fields, strict=True))
     elif suffix in (".jsonl", ".ndjson"):
-        yield from _json_lines(path)
+        for number, (line, row) in enumerate(json_lines(path), 1):
+            yield number, f"{path}:{line}", row
     elif suffix == ".json":
         for number, row in json_rows(path):
             yield number, f"{path}: row {number}", row
     else:
         raise DataError(f"{path}: expected questions as .csv, .tsv, .jsonl or .json")
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, str, Row]]:
-    number = line = 0
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for line, text in enumerate(file, 1):
-                if not text.strip():
-                    continue
-                number += 1
-                row = json.loads(text)
-                if not isinstance(row, dict):
-                    raise DataError(f"{path}:{line}: expected a JSON object, found {type(row).__name__}")
-                yield number, f"{path}:{line}", row
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}:{line}: not valid JSON ({error.msg} at column {error.colno}); one object a line"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: after line {line}: not UTF-8 ({error.reason})") from None
 
 
 def _task(

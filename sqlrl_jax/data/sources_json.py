@@ -96,6 +96,8 @@ class _Text:
                 size *= 2  # so that a long object is not parsed over and over
             except RecursionError:
                 raise DataError(f"{where}: nested too deeply") from None
+            except ValueError:  # Python's limit on the digits of a number
+                raise DataError(f"{where}: holds a number with too many digits; write it as text") from None
             else:
                 return row
 

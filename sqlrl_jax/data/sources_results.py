@@ -9,13 +9,11 @@ compares. Left out: training on such questions needs nothing more, but there is 
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
-from sqlrl_jax.data.tasks import DataError
-
-LONGEST_CELL = 1 << 24
+from sqlrl_jax.data.csv_text import field_limit
+from sqlrl_jax.data.tasks import DataError, json_lines
 
 
 class GoldResults:
@@ -67,26 +65,17 @@ class GoldResults:
 def _read_standard(path: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         raise DataError(f"{path}: no such file; it says which columns of a result count")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8 text") from None
     rules = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            rule = json.loads(line)
-            rules[rule["instance_id"]] = rule
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise DataError(f"{path}:{number}: expected a JSON object with instance_id") from None
+    for number, rule in json_lines(path):
+        if "instance_id" not in rule:
+            raise DataError(f"{path}:{number}: field instance_id is missing")
+        rules[str(rule["instance_id"])] = rule
     return rules
 
 
 def _read_result(path: Path, columns: list[int], ignore_order: bool) -> dict[str, Any]:
     try:
-        csv.field_size_limit(LONGEST_CELL)
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with field_limit(), path.open(encoding="utf-8-sig", newline="") as file:
             rows = [row for row in csv.reader(file, strict=True) if row]
     except (UnicodeDecodeError, csv.Error, OSError) as error:
         raise DataError(f"{path}: cannot be read as CSV: {error}") from None

@@ -36,6 +36,8 @@ def read_tasks(path: str | Path, required: Sequence[str] = REQUIRED) -> list[Tas
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file of questions; expected JSON lines with {', '.join(required)}")
+    if path.suffix.lower() in (".csv", ".tsv"):
+        raise DataError(f"{path}: expected JSON lines; `python launch.py prepare own` makes them from a CSV file")
     tasks: list[Task] = []
     first_line: dict[str, int] = {}
     for number, task in _numbered(path, required):
@@ -58,16 +60,36 @@ def _numbered(path: Path, required: Sequence[str]) -> Iterator[tuple[int, Task]]
 
         yield from skyrl_tasks(path)
         return
+    for number, row in json_lines(path):
+        yield number, _task(row, f"{path}:{number}", path.stem, required)
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line from 1, object) of each line that is not blank. Raises DataError naming file and line."""
     number = 0
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield number, parse_task(line, f"{path}:{number}", path.stem, required)
+                    yield number, _json_object(line, f"{path}:{number}")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: after line {number}: not UTF-8 text ({error.reason})") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _json_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); one object a line") from None
+    except RecursionError:
+        raise DataError(f"{where}: nested too deeply") from None
+    except ValueError:  # Python's limit on the digits of a number
+        raise DataError(f"{where}: holds a number with too many digits; write it as text") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    return row
 
 
 def parse_task(line: str, where: str, default_source: str = "", required: Sequence[str] = REQUIRED) -> Task:
@@ -75,12 +97,10 @@ def parse_task(line: str, where: str, default_source: str = "", required: Sequen
 
     Without `gold_sql` among the required fields it is another environment's task, whose fields mean what that says.
     """
-    try:
-        row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); one object a line") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    return _task(_json_object(line, where), where, default_source, required)
+
+
+def _task(row: dict[str, Any], where: str, default_source: str, required: Sequence[str]) -> Task:
     for name in required:
         if name == "gold_sql" and row.get("gold_results") is not None:
             continue  # graded by results instead

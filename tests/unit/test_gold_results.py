@@ -153,8 +153,8 @@ def test_alternatives_and_their_columns(tmp_path: Path) -> None:
         ('{"instance_id": "a"}', {"a": ""}, "a.csv: is empty"),
         ('{"instance_id": "a"}', {"a": "x\n\xff\n"}, "a.csv: cannot be read as CSV"),
         ('{"instance_id": "a"}', {"a": 'x\n"1\n'}, "a.csv: cannot be read as CSV"),
-        ('{"id": "a"}', {}, "standard.jsonl:1: expected a JSON object with instance_id"),
-        ("[", {}, "standard.jsonl:1: expected a JSON object with instance_id"),
+        ('{"id": "a"}', {}, "standard.jsonl:1: field instance_id is missing"),
+        ("[", {}, "standard.jsonl:1: not valid JSON"),
     ],
 )
 def test_mistakes_are_named(standard: str, files: dict[str, str], said: str, tmp_path: Path) -> None:

@@ -86,6 +86,8 @@ def test_all_bad_rows_are_named_together(tmp_path: Path) -> None:
     [
         ("q.jsonl", '{"question": "a", "sql": "b"}\n{"question": 1', r":2: not valid JSON"),
         ("q.jsonl", "[1]\n", ":1: expected a JSON object, found list"),
+        ("q.jsonl", '{"question": ' + "[" * 100_000, ":1: nested too deeply"),
+        ("q.json", '[{"question": ' + "9" * 5000 + "}]", "row 1: holds a number with too many digits"),
         ("q.jsonl", "\n", ": holds no questions"),
         ("q.jsonl", b'{"question": "a\xe9"}', "not UTF-8"),
         ("q.jsonl", '{"question": 5, "sql": "x"}', r":1: field question: expected text, found int"),

@@ -54,6 +54,8 @@ def _without(extra: dict[str, int], names: set[str]) -> dict[str, int]:
     [
         ("{", "not valid JSON"),
         ([1], "expected a JSON object, found list"),
+        ('{"id": ' + "[" * 100_000, "nested too deeply"),
+        ('{"id": ' + "9" * 5000 + "}", "too many digits"),
         ({**GOOD, "question": None}, "field question: expected text, found NoneType"),
         ({**GOOD, "gold_sql": "  "}, "field gold_sql is empty"),
         ({**GOOD, "schema": 3}, "field schema: expected text, found int"),
@@ -76,6 +78,16 @@ def test_missing_and_empty_files(tmp_path: Path) -> None:
         read_tasks(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match="holds no questions"):
         read_tasks(write(tmp_path / "empty.jsonl", ""))
+
+
+def test_files_as_other_programs_write_them(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(
+        b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n\r\n" + json.dumps(GOOD | {"id": "b"}).encode()
+    )
+    assert [task.id for task in read_tasks(path)] == ["a", "b"]
+    with pytest.raises(DataError, match="prepare own"):
+        read_tasks(write(tmp_path / "t.CSV", "question,sql"))
 
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout.errors import UserError
+from rollout.text import whole
 from rollout.types import Message
 
 _ASSISTANT_WORDS = "Words-of-the-assistant-0451"
@@ -127,6 +128,7 @@ class Chat:
 
     def _neutral(self, text: str) -> str:
         """Breaks up control tokens inside data: a database cell that says <|im_end|> must not end anybody's turn."""
+        text = whole(text)
         for token in self._special:
             if token in text:
                 text = text.replace(token, f"{token[0]} {token[1:]}")

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from rollout.errors import InfrastructureError, UserError
+from rollout.text import whole
 from rollout.types import Message, SamplingParams
 
 MAX_ANSWER_BYTES = 16 << 20
@@ -106,11 +107,6 @@ async def with_model(options: ServerOptions) -> ServerOptions:
             f"server {options.url} has {len(names)} models; name one with --served-model: {', '.join(names)}"
         )
     return replace(options, model=names[0])
-
-
-def whole_text(text: str) -> str:
-    """The text with lone surrogates, which JSON can carry and UTF-8 cannot, replaced."""
-    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def restore_stop(text: str, stops: Sequence[str], finish_reason: str, matched: object) -> str:
@@ -317,7 +313,7 @@ def _completion(answer: dict[str, Any], stops: Sequence[str]) -> Completion:
     matched = choice.get("stop_reason", choice.get("matched_stop"))
     counts = usage if isinstance(usage, dict) else {}
     return Completion(
-        restore_stop(whole_text(_spoken(message)), stops, reason, matched),
+        restore_stop(whole(_spoken(message)), stops, reason, matched),
         reason,
         _count(counts.get("prompt_tokens")),
         _count(counts.get("completion_tokens")),

@@ -16,10 +16,11 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rollout.chat_client import ChatClient, Completion, ContextFull, whole_text
+from rollout.chat_client import ChatClient, Completion, ContextFull
 from rollout.environment import Environment, StepResult
 from rollout.episode import EpisodeSettings, sample_seed
 from rollout.errors import InfrastructureError
+from rollout.text import whole
 from rollout.types import Message, SamplingParams, Task, Trajectory, Turn
 
 _CONTROL = re.compile(r"<(?=\|[^|<>\s]{1,40}\|>)")
@@ -45,7 +46,7 @@ class Conversations:
 
 def neutral(text: str) -> str:
     """Data that is safe in a message: a database cell that says <|im_end|> must not end anybody's turn."""
-    return whole_text(_CONTROL.sub("< ", text))
+    return whole(_CONTROL.sub("< ", text))
 
 
 class ChatEpisode:

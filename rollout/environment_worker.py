@@ -27,7 +27,8 @@ from typing import Any, SupportsFloat
 from rollout.environment import BUILT_IN, END_OUTCOMES, Environment, StepResult
 from rollout.errors import UserError
 from rollout.sql.guard import limit_cpu
-from rollout.types import Task
+from rollout.text import whole
+from rollout.types import Task, Turn
 from rollout.worker_process import Frame, serve
 from sqlrl_jax.config import Config
 
@@ -133,17 +134,16 @@ def checked_step(result: object, method: str) -> Frame:
     if not isinstance(result.metrics, Mapping):
         raise BadResult(f"metrics {_shown(result.metrics)}: expected a dict of numbers by name")
     metrics = {str(name): _number(value, f"metric {name}") for name, value in result.metrics.items()}
-    turn = result.turn and tuple(
-        _sendable(str(value))
-        for value in (
-            result.turn.action,
-            result.turn.sql,
-            result.turn.status,
-            result.turn.observation,
-            result.turn.answer,
-        )
-    )
-    return (None if observation is None else _sendable(observation), reward, done, str(outcome), turn, metrics)
+    shown = None if observation is None else _sendable(observation)
+    return (shown, reward, done, str(outcome), _checked_turn(result.turn), metrics)
+
+
+def _checked_turn(turn: object) -> tuple[str, ...] | None:
+    if turn is None:
+        return None
+    if not isinstance(turn, Turn):
+        raise BadResult(f"turn {_shown(turn)}: expected a rollout.types.Turn or None")
+    return tuple(_sendable(str(text)) for text in (turn.action, turn.sql, turn.status, turn.observation, turn.answer))
 
 
 def _number(value: object, name: str) -> float:
@@ -154,8 +154,8 @@ def _number(value: object, name: str) -> float:
 
 
 def _sendable(text: str) -> str:
-    """A plain str without lone surrogates, which neither tokenizers nor protobuf take, and not longer than any context."""
-    return text[:MAX_TEXT_CHARS].encode("utf-8", "replace").decode()
+    """Whole, plain, and not longer than any context."""
+    return str(whole(text[:MAX_TEXT_CHARS]))
 
 
 def _shown(value: object) -> str:

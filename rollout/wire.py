@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from rollout import bridge_pb2 as pb
+from rollout.text import whole
 from rollout.types import SamplingParams, Task, TensorSpec, Trajectory, Turn
 
 
@@ -67,25 +68,20 @@ def trajectory_to_proto(t: Trajectory) -> pb.Trajectory:
         outcome=t.outcome,
         stop_reason=t.stop_reason,
         metrics=t.metrics,
-        error=_whole(t.error),
+        error=whole(t.error),
     )
     for turn in t.turns:
         message.turns.add(
-            action=_whole(turn.action),
-            sql=_whole(turn.sql),
-            status=_whole(turn.status),
-            observation=_whole(turn.observation),
+            action=whole(turn.action),
+            sql=whole(turn.sql),
+            status=whole(turn.status),
+            observation=whole(turn.observation),
             tokens=turn.tokens,
             seconds=turn.seconds,
             reward=turn.reward,
             answer=turn.answer,
         )
     return message
-
-
-def _whole(text: str) -> str:
-    """Text from outside (an environment, an error with a file's name) without lone surrogates, which UTF-8 cannot carry."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def trajectory_from_proto(message: pb.Trajectory) -> Trajectory:

@@ -98,6 +98,12 @@ def test_control_tokens_in_data_end_nobodys_turn(demo_folder, conversation):
     assert prompt.count(chat.tokenizer.eos_token_id) == 1
 
 
+def test_half_characters_in_data_are_no_characters(demo_folder):
+    chat = Chat(load_tokenizer(demo_folder))
+    assert chat.decode(chat.observation_ids("a\ud800b", [1])) == "a?b"
+    assert "a?b" in chat.decode(chat.prompt_ids([{"role": "user", "content": "a\ud800b"}]))
+
+
 def test_action_text_drops_only_the_end_of_turn(demo_folder):
     chat = Chat(load_tokenizer(demo_folder))
     assert chat.action_text(chat.encode_action(ACTION, end=True)) == ACTION

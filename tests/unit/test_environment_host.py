@@ -365,6 +365,7 @@ class Odd:
         (StepResult("x", outcome="correct"), "outcome 'correct'"),
         (StepResult("x", metrics={"a": float("nan")}), "metric a nan"),
         (StepResult("x", metrics=[1]), r"metrics \[1\]"),  # type: ignore[arg-type]
+        (StepResult("x", turn={"status": "ok"}), r"turn \{'status': 'ok'\} \(dict\): expected a rollout"),  # type: ignore[arg-type]
     ],
 )
 def test_an_unusable_result_is_named(result: object, message: str) -> None:

@@ -118,10 +118,11 @@ class WorkerProcess:
             return self._process.wait()
 
     def _send(self, request: Frame) -> None:
-        data = memoryview(frame(request))
+        data = frame(request)
         try:
-            while data:
-                data = data[os.write(self._stdin.fileno(), data) :]
+            sent = os.write(self._stdin.fileno(), data)
+            while sent < len(data):
+                sent += os.write(self._stdin.fileno(), memoryview(data)[sent:])
         except OSError:
             raise Died from None
 

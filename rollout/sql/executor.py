@@ -14,14 +14,13 @@ import os
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from rollout.errors import InfrastructureError, UserError
 from rollout.sql import observation as text
 from rollout.sql.engines import ENGINES
 from rollout.sql.guard import MAX_SQL_BYTES
-from rollout.sql.pool import Pool, Query, Worker
+from rollout.sql.pool import Job, Pool, Query, Worker
 from rollout.sql.result import Answer, Result
 from rollout.sql.result_cache import Key, ResultCache, content_of
 from rollout.worker_process import STALL_SECONDS, boot
@@ -74,30 +73,27 @@ class Executor:
 
         Raises InfrastructureError if the database is missing, damaged or outside of the root, or no worker can be had.
         """
-        return self.run_many(((db_id, sql),), whole)[0]
+        query, known, key = self._prepare(db_id, sql, whole)
+        return known or self._result(db_id, self._pool.answer((query,))[0], key)
 
     def run_many(self, requests: Iterable[tuple[str, str]], whole: bool = False) -> list[Result]:
         """Runs (db_id, SQL) pairs over all workers; results in the order of the requests."""
-        results: list[Result | None] = []
-        asked: list[tuple[int, str, Any]] = []  # index in the results, db_id, key in the cache
-        queries: list[Query] = []
-        for db_id, sql in requests:
-            path, uri = self._paths.get(db_id) or self._find(db_id)
-            if len(sql) > MAX_SQL_BYTES:
-                results.append(self._failed(f"the statement is longer than {MAX_SQL_BYTES} characters"))
-                continue
-            known, key = (None, None) if self._cache is None else _remembered(self._cache, path, sql, whole)
-            if known is not None:
-                results.append(Result(*known[:6], 0.0, self._shown))
-                continue
-            asked.append((len(results), db_id, key))
-            queries.append((path, uri, sql, whole))
-            results.append(None)
-        for (index, db_id, key), job in zip(asked, self._pool.answer(queries) if queries else (), strict=True):
-            results[index] = self._result(db_id, job.reply)
-            if key is not None and self._cache is not None and self._is_certain(job.reply):
-                self._cache.put(key, job.reply, _size(job.query[2], job.reply))
-        return [result for result in results if result is not None]
+        asked = [(db_id, *self._prepare(db_id, sql, whole)) for db_id, sql in requests]
+        jobs = iter(self._pool.answer([query for _, query, known, _ in asked if known is None]))
+        return [known or self._result(db_id, next(jobs), key) for db_id, _, known, key in asked]
+
+    def _prepare(self, db_id: str, sql: str, whole: bool) -> tuple[Query, Result | None, Key | None]:
+        """The query; its result, if it is known already; otherwise the key to remember it by, if it can be."""
+        path, uri = self._paths.get(db_id) or self._find(db_id)
+        query = (path, uri, sql, whole)
+        if len(sql) > MAX_SQL_BYTES:
+            return query, self._failed(f"the statement is longer than {MAX_SQL_BYTES} characters"), None
+        content = None if self._cache is None else content_of(path)
+        if self._cache is None or content is None:
+            return query, None, None
+        key = (content, sql, whole)
+        known = self._cache.get(key)
+        return query, None if known is None else Result(*known[:6], 0.0, self._shown), key
 
     def locate(self, db_id: str) -> Path:
         """The file of a database, links followed. Raises InfrastructureError if it is missing or outside of the root."""
@@ -140,12 +136,15 @@ class Executor:
         found = self._paths[db_id] = (str(resolved), f"file:{quote(os.fsencode(resolved))}?mode=ro&immutable=1")
         return found
 
-    def _result(self, db_id: str, reply: Any) -> Result:
+    def _result(self, db_id: str, job: Job, key: Key | None) -> Result:
+        reply = job.reply
         if isinstance(reply, tuple):
             answer: Answer = reply
             if answer[0] == "broken":
                 raise InfrastructureError(answer[5])
-            return Result(*answer, shown=self._shown)
+            if key is not None and self._cache is not None and self._is_certain(answer):
+                self._cache.put(key, answer, _size(job.query[2], answer))
+            return Result(*answer, self._shown)
         if reply == "killed":
             return Result("timeout", observation=text.TIMEOUT, error=text.TIMEOUT, seconds=self._timeout)
         if reply == "crashed":
@@ -159,20 +158,10 @@ class Executor:
     def _failed(self, error: str) -> Result:
         return Result("error", observation=text.render_error(error, self._shown[1]), error=error)
 
-    def _is_certain(self, reply: Any) -> bool:
-        """Whether the query would give the same again: not where the clock, the memory or a fault of ours decided."""
-        if not isinstance(reply, tuple) or reply[0] == "broken":
-            return False
-        return reply[6] < self._timeout if reply[0] == "timeout" else "out of memory" not in reply[5]
-
-
-def _remembered(cache: ResultCache, path: str, sql: str, whole: bool) -> tuple[Answer | None, Key | None]:
-    """The answer that the cache has, or the key to keep one by."""
-    content = content_of(path)
-    if content is None:
-        return None, None
-    key = (content, sql, whole)
-    return cache.get(key), key
+    def _is_certain(self, answer: Answer) -> bool:
+        """Whether the query would give the same again: not where the clock or the memory decided."""
+        status, *_, error, seconds = answer
+        return seconds < self._timeout if status == "timeout" else "out of memory" not in error
 
 
 def _size(sql: str, answer: Answer) -> int:

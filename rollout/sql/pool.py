@@ -120,21 +120,29 @@ class Pool:
             if self._closed:
                 raise closed_error()
             self._waiting.extend(jobs)
-        while True:
-            with self._lock:
-                taken = self._take() if caller.left else None
-                caller.serving = taken is not None
-                if self._waiting:
-                    self._call_others()
-                if not caller.left:
-                    return jobs
-                if taken is None:
-                    caller.bell = bell = threading.Lock()
-                    bell.acquire()
+            taken = self._next(caller)
+        while caller.left:
             if taken is None:
-                bell.acquire()
+                bell = caller.bell
+                if bell is not None:
+                    bell.acquire()
+                with self._lock:
+                    taken = self._next(caller)
             else:
-                self._serve(*taken)
+                taken = self._serve(*taken, caller)
+        return jobs
+
+    def _next(self, caller: _Caller) -> tuple[Worker | None, list[Job]] | None:
+        """What a caller is to do now: a batch to take to a worker, or nothing but to sleep or to leave. With the lock."""
+        taken = self._take() if caller.left else None
+        caller.serving = taken is not None
+        if self._waiting:
+            self._call_others()
+        caller.bell = None
+        if taken is None and caller.left:
+            caller.bell = threading.Lock()
+            caller.bell.acquire()
+        return taken
 
     def close(self) -> None:
         """Stops all workers. Queries that wait or run end with an InfrastructureError."""
@@ -163,6 +171,8 @@ class Pool:
             return None
         share = min(MAX_BATCH, -(-len(waiting) // self._size))
         batch = [waiting.popleft()]
+        if share == 1:
+            return self._free.pop(), batch
         chars = len(batch[0].query[2])
         while len(batch) < share and not batch[0].alone and not waiting[0].alone:
             chars += len(waiting[0].query[2])
@@ -182,40 +192,47 @@ class Pool:
 
     def _help(self) -> None:
         """Does a caller's part while that one is with another worker."""
-        while True:
-            with self._lock:
-                taken = self._take()
-                self._call_others()
-            if taken is None:
-                return
-            self._serve(*taken)
+        helper = _Caller(1)  # who has something left for as long as there is something to take
+        with self._lock:
+            taken = self._next(helper)
+        while taken is not None:
+            taken = self._serve(*taken, helper)
 
-    def _serve(self, worker: Worker | None, batch: list[Job]) -> None:
-        """Takes a batch to a worker; afterwards each of its jobs is done or waits again."""
+    def _serve(
+        self, worker: Worker | None, batch: list[Job], caller: _Caller
+    ) -> tuple[Worker | None, list[Job]] | None:
+        """Takes a batch to a worker; afterwards each of its jobs is done or waits again. Returns what is next."""
         replies: Sequence[Any] = ()
         blamed: tuple[int, object] | None = None
-        over = False
+        usable = interrupted = True
         try:
             worker = worker or self._started()
             replies, blamed = self._ask(worker, batch)
-            over = blamed is None
+            usable, interrupted = blamed is None, False
         except InfrastructureError as error:  # no worker can be started
-            blamed = (0, error)
+            blamed, usable, interrupted = (0, error), False, False
         finally:
-            if not over and worker is not None:
+            usable = usable and not interrupted
+            if not usable and worker is not None:
                 self._bury(worker)
             with self._lock:
                 self._settle(batch, replies, blamed)
                 if not self._closed:
-                    self._free.append(worker if over else None)
-            if self._closed and over and worker is not None:
+                    self._free.append(worker if usable else None)
+                taken = None if interrupted else self._next(caller)
+                if interrupted:
+                    self._call_others()
+            if self._closed and usable and worker is not None:
                 self._bury(worker)
+        return taken
 
     def _ask(self, worker: Worker, batch: list[Job]) -> tuple[Sequence[Any], tuple[int, object] | None]:
         """The replies to the first queries of a batch, or which one is to blame, and why."""
         worker.begin()
-        request = tuple([job.query for job in batch])
         try:
+            if len(batch) == 1:
+                return worker.ask((batch[0].query,)), None
+            request = tuple([job.query for job in batch])
             return worker.ask(request, PATIENCE_SECONDS, lambda: self._give_back(batch, worker.at)), None
         except Died:
             at, code = worker.at, worker.bury()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from rollout.errors import InfrastructureError
 from rollout.sql import Executor, result_cache
-from rollout.sql.pool import Job, Pool
+from rollout.sql.pool import Job, Pool, Worker
 from rollout.sql.result_cache import ResultCache
 
 BOMB = "SELECT instr(hex(zeroblob(1900000)), hex(zeroblob(900000)) || '1')"  # can't be interrupted
@@ -168,11 +168,11 @@ def test_one_that_crashes_is_judged_alone(root: Path, monkeypatch: pytest.Monkey
     batches: list[list[str]] = []
     ask = Pool._ask
 
-    def watched(self: Pool, worker: object, batch: list[Job]) -> object:
+    def watched(self: Pool, worker: Worker, batch: list[Job]) -> object:
         batches.append([job.query[2] for job in batch])
         if any("BOMB" in job.query[2] for job in batch):
             threading.Timer(0.3, executor._pool._alive.copy().pop().kill).start()
-        return ask(self, worker, batch)  # type: ignore[arg-type]
+        return ask(self, worker, batch)
 
     bomb = BOMB.replace("SELECT", "SELECT /* BOMB */")
     with Executor(root, timeout=60, workers=1) as executor:
@@ -230,6 +230,24 @@ def test_a_crowd_gets_right_answers_while_workers_are_killed(root: Path) -> None
             stop.set()
             killer.join()
         assert executor.stats()["worker_deaths"] > 0
+
+
+def test_an_interrupted_caller_leaves_the_pool_in_order(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = Pool._ask
+
+    def interrupted(self: Pool, worker: Worker, batch: list[Job]) -> object:
+        ask(self, worker, batch)
+        raise KeyboardInterrupt
+
+    with Executor(root, workers=1) as executor:
+        executor.run("cars", "SELECT 1")
+        pids = executor.worker_pids()
+        monkeypatch.setattr(Pool, "_ask", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            executor.run_many([("cars", f"SELECT {i}") for i in range(3)])
+        monkeypatch.undo()
+        assert [executor.run("cars", f"SELECT {i}").rows for i in range(5)] == [[(i,)] for i in range(5)]
+        assert executor.worker_pids() != pids
 
 
 def test_closing_ends_batches_that_wait(root: Path) -> None:

@@ -121,11 +121,12 @@ def _columns(tree: exp.Expr) -> list[exp.Column]:
 
 def _own(tree: exp.Expr) -> Iterator[exp.Expr]:
     """Nodes of an expression without what is inside of aggregates, windows and subqueries."""
-    yield tree
-    if _is_aggregate(tree) or isinstance(tree, exp.Window | exp.Query):
-        return
-    for child in tree.iter_expressions():
-        yield from _own(child)
+    open_ends = [tree]
+    while open_ends:  # a sum of a thousand terms is a thousand deep
+        node = open_ends.pop()
+        yield node
+        if not _is_aggregate(node) and not isinstance(node, exp.Window | exp.Query):
+            open_ends.extend(node.iter_expressions(reverse=True))
 
 
 def _is_aggregate(node: exp.Expr) -> bool:

@@ -100,6 +100,13 @@ def test_groups(connection: sqlite3.Connection, sql: str, differs: bool | None) 
     assert chance(connection, rewrite.groups_broken(sql)) is differs
 
 
+def test_long_statements_are_no_deep_ones(connection: sqlite3.Connection) -> None:
+    terms = "+".join(["age"] * 900)
+    assert chance(connection, rewrite.groups_broken(f"SELECT {terms}, count(*) FROM p")) is True
+    for rewritten in (rewrite.groups_broken, lambda sql: rewrite.limits_broken(sql, 1)):
+        rewritten(f"SELECT {'+'.join(['age'] * 9000)}, count(*) FROM p LIMIT 1")  # no matter what
+
+
 @pytest.mark.parametrize(
     ("sql", "runs"),
     [

@@ -103,6 +103,12 @@ def read_template(path: str | Path) -> Template:
                     f"environment.text2sql.prompt_template: {path}: {key}: unknown place {{{name}}}; "
                     f"known are {', '.join(f'{{{place}}}' for place in PLACES)}"
                 )
+        lost = set(_PLACE.findall(text)) - {"evidence"} - set(_PLACE.findall(_without_evidence(text)))
+        if lost:
+            raise UserError(
+                f"environment.text2sql.prompt_template: {path}: {key}: {{{min(lost)}}} stands in a line with {{evidence}}, "
+                "which goes where there is none; give {evidence} a line of its own"
+            )
     if "{question}" not in content["user"]:
         raise UserError(f"environment.text2sql.prompt_template: {path}: user: {{question}} is missing")
     return Template(content.get("system", "").removesuffix("\n"), content["user"].removesuffix("\n"))
@@ -115,5 +121,9 @@ def build_messages(schema: str, question: str, evidence: str, style: Style, max_
 
 def _fill(template: str, values: dict[str, str]) -> str:
     if not values["evidence"]:
-        template = _EVIDENCE_LINE.sub("", template)
+        template = _without_evidence(template)
     return _PLACE.sub(lambda match: values.get(match[1], match[0]), template)
+
+
+def _without_evidence(template: str) -> str:
+    return _EVIDENCE_LINE.sub("", template)

@@ -84,6 +84,8 @@ def test_a_template_of_ones_own(tmp_path: Path) -> None:
         ("user: '{question} {db_details}'", r"user: unknown place \{db_details\}; known are \{schema\}, \{question\}"),
         ("user: '{question}'\nsystem: '{Turns}'", r"system: unknown place \{Turns\}"),
         ("user: '{schema}'", r"user: \{question\} is missing"),
+        ("user: '{question} ({evidence})'", r"user: \{question\} stands in a line with \{evidence\}"),
+        ("user: '{question}'\nsystem: |\n  x\n  {turns} {evidence}\n  {schema}", r"system: \{turns\} stands in a line"),
     ],
 )
 def test_a_bad_template_is_named(tmp_path: Path, text: str | bytes | None, message: str) -> None:

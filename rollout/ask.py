@@ -25,8 +25,9 @@ class Ask(Text2SQL):
     def step(self, action: str, turn: int) -> StepResult:
         result = super().step(action, turn)
         if result.outcome == "correct" and result.turn is not None:
-            result.turn.observation = self.shared.executor.run(self._database, result.turn.sql).observation
+            result.turn.observation = self._predicted.observation
         return result
 
     def _outcome(self, sql: str, predicted: Result) -> str:
+        self._predicted = predicted
         return {"ok": "correct", "timeout": "timeout"}.get(predicted.status, "sql_error")

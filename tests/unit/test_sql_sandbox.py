@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from rollout.errors import InfrastructureError
 from rollout.sql import Executor, clock, guard, sandbox
 from rollout.sql.memory import Memory
 
@@ -202,6 +203,28 @@ def test_every_worker_is_closed_and_limited(tmp_path: Path) -> None:
             assert limits["Max open files"] == [str(sandbox.OPEN_FILES)] * 2
             assert limits["Max address space"] == [str(guard.ADDRESS_SPACE_BYTES)] * 2
             assert limits["Max cpu time"][0] != "unlimited"
+
+
+def test_a_link_put_in_the_place_of_a_database_leads_nowhere(tmp_path: Path) -> None:
+    """The executor has found the path good before; only the worker's walls can refuse it now."""
+    if kernel_version() < 1:
+        pytest.skip("needs landlock")
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    for folder in (root / "d", outside):
+        folder.mkdir(parents=True)
+        connection = sqlite3.connect(folder / "d.sqlite")
+        connection.execute(f"CREATE TABLE t AS SELECT '{folder.name}' AS a")
+        connection.commit()
+        connection.close()
+    with Executor(root, workers=1) as executor:
+        assert executor.run("d", "SELECT a FROM t").rows == [("d",)]
+        (root / "d").rename(root / "old")
+        (root / "d").symlink_to(outside)
+        with pytest.raises(InfrastructureError, match="can't be read"):
+            executor.run("d", "SELECT a FROM t")
+        (root / "d").unlink()
+        (root / "d").symlink_to(root / "old")
+        assert executor.run("d", "SELECT a FROM t").rows == [("d",)]
 
 
 CLOCK = [

@@ -166,8 +166,8 @@ VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int]]] = {
 
 
 def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError(text)
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
     return int(text)
 
 
@@ -296,6 +296,11 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)  # a folder that may not be looked into
+        return 2
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -1,5 +1,6 @@
 """The run folder: starting, going on, and what survives a kill."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import launch
 from sqlrl_jax import config_file
 from sqlrl_jax.run import Run, RunError, read_metrics
 
@@ -64,7 +66,7 @@ def test_a_full_disk_is_named(tmp_path):
     run.close()
 
 
-def launch(*arguments):
+def run_launch(*arguments):
     return subprocess.run(
         [sys.executable, "launch.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
@@ -78,17 +80,28 @@ def launch(*arguments):
         (["config", "trainer.epoch=1"], "did you mean 'trainer.epochs'"),
         (["config", "--frobnicate"], "unknown argument '--frobnicate'"),
         (["report", "nowhere"], "nowhere"),
+        (["eval", "--config", "x", "--samples", "0"], "--samples: expected a whole number above 0, found '0'"),
+        (["eval", "--config", "x", "--turns", "1,five"], "--turns: expected a whole number above 0, found 'five'"),
     ],
 )
 def test_mistakes_on_the_command_line_are_explained(arguments, expected):
-    result = launch(*arguments)
+    result = run_launch(*arguments)
     assert result.returncode == 2
     assert expected in result.stderr
     assert "Traceback" not in result.stderr
 
 
+def test_a_path_that_the_system_refuses_is_named(monkeypatch, capsys):
+    def report(args):
+        raise PermissionError(errno.EACCES, "Permission denied", "runs/locked")
+
+    monkeypatch.setitem(launch.VERBS, "report", ("", report))
+    assert launch.main(["report", "runs"]) == 2
+    assert capsys.readouterr().err == "error: runs/locked: Permission denied\n"
+
+
 def test_config_prints_meaning_and_changes():
-    result = launch("config", "generator.max_turns=7")
+    result = run_launch("config", "generator.max_turns=7")
     assert "generator.max_turns = 7  (default 5)" in result.stdout
 
 

@@ -39,6 +39,9 @@ class Display:
     @contextmanager
     def bar(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
         """A live bar of `total` episodes; yields a function that takes the number done."""
+        if not self.console.is_terminal:  # where rich would leave an empty line for each bar
+            yield lambda done: None
+            return
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} episodes"))
         with Progress(*columns, TimeElapsedColumn(), console=self.console, transient=True) as progress:
             task = progress.add_task(label, total=total)

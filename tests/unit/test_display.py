@@ -20,6 +20,12 @@ def text_of(table) -> str:
     return capture.get()
 
 
+def test_without_a_terminal_a_bar_leaves_nothing(capsys):
+    with Display().bar("playing", 2) as bar:
+        bar(1)
+    assert capsys.readouterr().out == ""
+
+
 def test_comparison_shows_each_measurement():
     before = eval_metrics([episode("a", 0, "wrong"), episode("b", 0, "sql_error", "tie")])
     after = eval_metrics([episode("a", 0, "correct"), episode("b", 0, "sql_error", "tie")])

@@ -67,7 +67,7 @@ def eval_metrics(episodes: Sequence[Trajectory]) -> dict[str, float]:
     samples = min(len(group) for group in groups.values())
     sources: dict[str, list[list[Trajectory]]] = defaultdict(list)
     for group in groups.values():
-        sources[group[0].source].append(sorted(group, key=lambda episode: episode.sample))
+        sources[set_name(group[0].source)].append(sorted(group, key=lambda episode: episode.sample))
     queries = [turn for e in episodes for turn in e.turns if turn.sql and turn.status not in ("solution", "unused")]
     out = {
         "eval/questions": float(len(groups)),
@@ -89,6 +89,11 @@ def eval_metrics(episodes: Sequence[Trajectory]) -> dict[str, float]:
     out["eval/mean_over_sets_ci_low"], out["eval/mean_over_sets_ci_high"] = mean_interval(scores, bounds)
     out |= {f"eval/outcome/{o}": _mean(e.outcome == o for e in episodes) for o in OUTCOMES}
     return out | {f"eval/{name}": value for name, value in _own(episodes).items()}
+
+
+def set_name(source: str) -> str:
+    """What a set is called in keys and tables: `all` means all questions there."""
+    return "all (set)" if source == "all" else source
 
 
 def _own(episodes: Sequence[Trajectory]) -> dict[str, float]:

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from rollout.types import Trajectory, Turn
 from sqlrl_jax.data.order import batch_at, steps_per_epoch
+from sqlrl_jax.eval_table import set_rows, sets_of
 from sqlrl_jax.metrics import eval_metrics, rollout_metrics
 from sqlrl_jax.voting import wilson
 
@@ -64,6 +65,14 @@ def test_the_mean_over_sets_gives_small_sets_the_same_weight():
     large = [episode(f"l{i}", 0, "wrong", source="large") for i in range(9)]
     m = eval_metrics(small + large)
     assert (m["eval/all/avg_score"], m["eval/mean_over_sets"]) == (0.1, 0.5)
+
+
+def test_a_set_may_be_called_all():
+    m = eval_metrics([episode("q", 0, "correct", source="all"), episode("r", 0, "wrong", source="b")])
+    assert (m["eval/all/avg_score"], m["eval/all (set)/avg_score"], m["eval/b/avg_score"]) == (0.5, 1.0, 0.0)
+    assert sets_of(m) == ["all (set)", "b"]
+    _, rows = set_rows(eval_metrics([episode("q", i, "correct", source="all") for i in range(2)]))
+    assert [row[0] for row in rows] == ["all (set)"]
 
 
 def test_failures_of_infrastructure_are_left_out():

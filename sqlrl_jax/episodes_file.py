@@ -32,7 +32,7 @@ class EpisodesFile:
         self.written = 0
         self._rows: dict[Key, dict[str, Any]] = {}
         if path.exists():
-            if not resume:
+            if not resume and (path.is_dir() or path.stat().st_size):  # Ctrl-C before the first episode leaves it empty
                 raise UserError(f"--out {path}: exists already; name another file, or add --resume to go on with it")
             self._read()
         self._file: IO[str] | None = None
@@ -75,7 +75,10 @@ class EpisodesFile:
             self._file.close()
 
     def _read(self) -> None:
-        lines = self.path.read_text(encoding="utf-8").split("\n")
+        try:
+            lines = self.path.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--out {self.path}: can't be read ({getattr(error, 'strerror', 'not UTF-8')})") from None
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -83,7 +86,7 @@ class EpisodesFile:
                 row = json.loads(line)
                 key = (int(row["max_turns"]), str(row["task_id"]), int(row["sample"]))
                 settings = row["settings"]
-            except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+            except (KeyError, TypeError, ValueError, RecursionError):
                 if number == len(lines):  # the process was killed while it wrote
                     self._rewrite(self._rows.values())
                     return

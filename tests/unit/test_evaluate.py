@@ -14,6 +14,8 @@ from chat_server import ChatServer, Reply, completion
 
 import launch
 from rollout.chat_episode import neutral
+from rollout.errors import UserError
+from sqlrl_jax.episodes_file import EpisodesFile
 
 ROOT = Path(__file__).resolve().parents[2]
 CITIES = [("Ulm", 126), ("Bonn", 331), ("Kiel", 248)]
@@ -230,6 +232,16 @@ def test_a_missing_database_is_named_and_never_scored(data, capsys, tmp_path):
     assert "task 'lost' sample 0" in error
     assert "nowhere" in error
     assert [row["task_id"] for row in episodes(out)] == ["south-Ulm"]
+
+
+def test_the_file_of_episodes(tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    assert EpisodesFile(empty, {}, resume=False).done == {}
+    (tmp_path / "latin.jsonl").write_bytes(b'{"task_id": "\xe9"}\n')
+    for name, resume, says in [("", False, "exists"), ("", True, "Is a directory"), ("latin.jsonl", True, "not UTF-8")]:
+        with pytest.raises(UserError, match=says):
+            EpisodesFile(tmp_path / name, {}, resume=resume)
 
 
 def test_ctrl_c_keeps_what_was_finished(data, tmp_path):

@@ -51,6 +51,8 @@ class Question:
 
 def main(config: Config, question: Question) -> int:
     """Prints the episode and, as the last line, JSON with the final query. Exit status 1 when there is no answer."""
+    if not question.text.strip():
+        raise UserError("the question is empty")
     display = Display()
     with ExitStack() as stack:
         folder = stack.enter_context(TemporaryDirectory(prefix="ask-"))
@@ -69,8 +71,8 @@ def _copy(database: Path, folder: Path) -> str:
     """Copies the one database at `database` to `<folder>/<db_id>/<db_id>.sqlite`; returns its id. Raises DataError."""
     found = find_databases(database)
     if len(found) > 1:
-        names = ", ".join(original.db_id for original in found[:5])
-        raise DataError(f"{database}: holds {len(found)} databases ({names} …); name one of them")
+        names = ", ".join(original.db_id for original in found[:5]) + (", …" if len(found) > 5 else "")
+        raise DataError(f"{database}: holds {len(found)} databases ({names}); name one of them")
     (original,) = found
     check_space(folder, 2 * original.size, f"copying {database}")
     (folder / original.db_id).mkdir()

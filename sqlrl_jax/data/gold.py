@@ -214,16 +214,18 @@ def _same_question(tasks: Sequence[Task], queries: list[Query], findings: list[_
 
 def main(config: Config, questions: Path, out: Path | None) -> int:
     """`launch.py prepare --check`: a table of the problems; good questions to `out`. Returns 0 if there are none, else 1."""
+    if out is not None and out.resolve() == questions.resolve():
+        raise UserError(f"--out {out}: is the file of --questions, which is only read; name another one")
+    root = Path(config.environment.text2sql.database_root)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder of databases; name it with --databases")
     tasks = read_tasks(questions)
     console = Console(highlight=False)
     with bars(unit="items") as progress:
         problems = check_golds(tasks, config, progress)
     console.print(table(problems, len(tasks)))
-    for problem in problems[:SHOWN]:
-        console.print(f"  {problem.task_id}  {problem.kind}  {_short(problem.detail)}", markup=False, soft_wrap=True)
-    if len(problems) > SHOWN:
-        where = "" if out else "; --out FILE writes them all"
-        console.print(f"  … and {len(problems) - SHOWN:,} more{where}")
+    for line in _lines(problems, "" if out else "; --out FILE writes them all"):
+        console.print(line, markup=False, soft_wrap=True)
     if out is not None:
         bad = {problem.task_id for problem in problems}
         kept = write_tasks(out, (task for task in tasks if task.id not in bad))
@@ -231,6 +233,20 @@ def main(config: Config, questions: Path, out: Path | None) -> int:
         _write(listed, problems)
         console.print(f"{kept:,} good questions in {out}, the others' problems in {listed}", soft_wrap=True)
     return 1 if problems else 0
+
+
+def _lines(problems: Sequence[GoldProblem], where: str) -> list[str]:
+    """The first problems in words; questions that have the very same one, such as a missing database, share a line."""
+    same: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for problem in problems:
+        same[problem.kind, problem.detail].append(problem.task_id)
+    first = list(same.items())[:SHOWN]
+    lines = [
+        f"  {ids[0]}{f' and {len(ids) - 1:,} more' if len(ids) > 1 else ''}  {kind}  {_short(detail)}"
+        for (kind, detail), ids in first
+    ]
+    rest = len(problems) - sum(len(ids) for _, ids in first)
+    return lines + ([f"  … and {rest:,} more{where}"] if rest else [])
 
 
 def table(problems: Sequence[GoldProblem], questions: int) -> Table:
@@ -272,7 +288,8 @@ def without_bad_golds(
     bad = {problem.task_id for problem in problems}
     kept = [task for task in tasks if task.id not in bad]
     if not kept:
-        raise UserError(f"no training question has a good gold query: {_counts(problems)}; see {record}")
+        first = f"{problems[0].task_id}: {_short(problems[0].detail)}"
+        raise UserError(f"no training question has a good gold query: {_counts(problems)}, as {first}; see {record}")
     if len(kept) < len(tasks):
         tell(
             f"{len(tasks) - len(kept):,} of {len(tasks):,} training questions left out: {_counts(problems)} ({record})"

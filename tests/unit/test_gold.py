@@ -160,6 +160,25 @@ def test_many_problems_are_cut_short_on_screen(root: Path, tmp_path: Path, capsy
     assert "… and 10 more; --out FILE writes them all" in shown
 
 
+def test_a_missing_database_is_told_once(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tasks(tmp_path / "q.jsonl", [task(i, f"SELECT {i}", db_id="lost") for i in range(30)])
+    assert main(config(root), tmp_path / "q.jsonl", None) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "lost" in line] == [line for line in lines if line.startswith("  ")]
+    assert lines[-1].startswith("  q0 and 29 more  missing_database  ")
+
+
+def test_the_command_refuses_what_would_do_harm(root: Path, tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    write_tasks(path, [task(0, "SELECT nix FROM p")])
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="is the file of --questions"):
+        main(config(root), path, tmp_path / "." / "q.jsonl")
+    assert path.read_bytes() == before
+    with pytest.raises(UserError, match="nowhere: no such folder of databases; name it with --databases"):
+        main(config(root / "nowhere"), path, None)
+
+
 class Ears(list[str]):
     """Hears what is told."""
 
@@ -212,5 +231,8 @@ def test_good_questions_are_not_spoken_of(root: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_left_is_an_error(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no training question has a good gold query: 1 failing; see .*dropped"):
+    with pytest.raises(
+        UserError,
+        match=r"no training question has a good gold query: 1 failing, as q0: no such column: nix; see .*dropped",
+    ):
         without_bad_golds([task(0, "SELECT nix")], config(root), tmp_path / "dropped.jsonl", Ears(), Ears())

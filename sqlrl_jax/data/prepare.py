@@ -55,7 +55,11 @@ class Request:
 def main(request: Request) -> int:
     """Does one of: list the sets, check gold queries, prepare own data, prepare sets. Raises UserError, one sentence."""
     if request.list:
-        _refuse(request, "--list shows the sets", ("sets", "data", "out", "questions", "databases", "check", *OWN))
+        _refuse(
+            request,
+            "--list shows the sets",
+            ("sets", "data", "out", "questions", "databases", "check", "download", "sample", *OWN),
+        )
         Console(highlight=False).print(table())
         return 0
     if request.check:
@@ -63,7 +67,7 @@ def main(request: Request) -> int:
     if request.settings or request.config:
         raise UserError("prepare: --config and key=value settings are only read with --check")
     if not request.sets:
-        raise UserError(f"prepare: name a set ({', '.join(SOURCES)}), `own`, --check or --list")
+        raise UserError("prepare: name a set (--list shows all), `own`, or --check")
     if "own" in request.sets:
         return _own(request)
     return _sets(request)
@@ -269,11 +273,11 @@ def _tell(done: _Done, console: Console) -> None:
 
 
 def settings_text(words: list[str], train: bool) -> str:
-    """What to add to a command to train or evaluate on the files; `words` are settings, quoted for a shell."""
-    text = "\nSettings for them (relative paths are relative to the folder the command runs in):\n\n"
-    text += " \\\n".join(f"  {word}" for word in words)
+    """The command that trains or evaluates on the files; `words` are settings, quoted for a shell."""
     verb, model = ("", "trainer.policy.model.path=MODEL") if train else ("eval ", "--model MODEL")
-    return text + f"\n\nfor example: python launch.py {verb}--config FILE.yaml {model} {' '.join(words)}"
+    use = "train on" if train else "evaluate on"
+    command = " \\\n    ".join([f"python launch.py {verb}--config FILE {model}", *words])
+    return f"\nTo {use} them, from this folder:\n\n  {command}"
 
 
 def _setting(key: str, value: str | list[Path]) -> str:

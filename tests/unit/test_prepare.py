@@ -142,14 +142,13 @@ def test_the_settings_it_prints_can_be_used(folder: str, tmp_path: Path, capfd: 
     root, out = tree.build(tmp_path / folder / "omni" / "data"), tmp_path / folder / "out"
     code, text, _ = run(capfd, "spider", "--data", root.parent, "--out", out)  # the folder above data/ will do
     assert code == 0
-    example = text.partition("for example: ")[2]
-    words = [word for word in shlex.split(example) if word.startswith(("data.", "environment."))]
+    command = text.partition("from this folder:\n\n")[2].replace("\\\n", " ")
+    words = [word for word in shlex.split(command) if word.startswith(("data.", "environment."))]
     config = load(None, words)
     assert config.data.train_data == (str(out / "spider-train.jsonl"),)
     assert config.data.val_data == (str(out / "spider-dev.jsonl"), str(out / "spider-test.jsonl"))
     assert config.environment.text2sql.database_root == str(root)
-    listed = text.partition("runs in):\n\n")[2].partition("\n\n")[0]
-    assert shlex.split(listed.replace("\\\n", " ")) == words
+    assert shlex.split(command)[:4] == ["python", "launch.py", "--config", "FILE"]
 
 
 def test_rows_of_skyrl_beside_the_databases(root: Path, tmp_path: Path, capfd: Any) -> None:
@@ -327,7 +326,7 @@ def test_own(root: Path, tmp_path: Path, capfd: Any) -> None:
     code, text, _ = run(capfd, "own", "--databases", database, "--questions", questions, "--out", out, "--valid", 0.4)
     assert code == 0
     assert "9 questions over 1 database, 5 for training, 4 for validation" in text
-    words = shlex.split(text.partition("for example: ")[2])[4:]
+    words = shlex.split(text.partition("from this folder:\n\n")[2].replace("\\\n", " "))[4:]
     config = load(None, [word for word in words if "model" not in word])
     assert len(read_tasks(config.data.train_data[0])) == 5
     assert (Path(config.environment.text2sql.database_root) / "pets_1/pets_1.sqlite").is_file()

@@ -13,23 +13,19 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from rollout.chat_client import ChatClient, Completion, ContextFull
-from rollout.environment import Environment, StepResult
+from rollout.environment import Environment
 from rollout.episode import EpisodeSettings, sample_seed
 from rollout.errors import InfrastructureError
+from rollout.play import EnvironmentFailure, Play
 from rollout.text import whole
-from rollout.types import Message, SamplingParams, Task, Trajectory, Turn
+from rollout.types import Message, SamplingParams, Task, Trajectory
 
 _CONTROL = re.compile(r"<(?=\|[^|<>\s]{1,40}\|>)")
 OnEpisode = Callable[[Trajectory, list[Message]], None]
 ENVIRONMENT_ATTEMPTS = 2
-
-
-class EnvironmentFailure(Exception):
-    """An environment could not do its part; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -53,41 +49,35 @@ class ChatEpisode:
     """One conversation, scored as rollout.episode scores one. `play` returns its trajectory; a server's fault is raised."""
 
     def __init__(self, common: Conversations, task: Task, sample: int) -> None:
-        self.common, self.task, self.sample = common, task, sample
+        self.common = common
         self.seed = sample_seed(common.seed, task.id, sample)
-        self.environment = common.environment()
+        self._play = Play(common.environment(), task, sample, common.settings.max_turns, common.pool)
         self.messages: list[Message] = []
-        self.turns: list[Turn] = []
-        self.metrics: dict[str, float] = {"generate_seconds": 0.0, "environment_seconds": 0.0}
 
     async def play(self) -> Trajectory:
+        """Raises EnvironmentFailure, ServerRefused, InfrastructureError."""
         try:
-            return await self._play()
-        finally:  # may block, so it is nobody's to wait for
-            asyncio.get_running_loop().run_in_executor(self.common.pool, self.environment.close)
+            return await self._converse()
+        finally:
+            self._play.close()
 
-    async def _play(self) -> Trajectory:
-        settings = self.common.settings
-        told = replace(self.task, fields={"seed": self.seed, **self.task.fields, "max_turns": settings.max_turns})
-        self._say(await self._environment(self.environment.reset, told))
-        reason = "max_turns"
-        for number in range(1, settings.max_turns + 1):
+    async def _converse(self) -> Trajectory:
+        play = self._play
+        self._say(await play.reset(self.seed))
+        for number in range(1, self.common.settings.max_turns + 1):
             completion = await self._generate(first=number == 1)
             if completion is None and number == 1:
-                return self._end("prompt_too_long", "error", "the prompt does not fit the context")
+                return play.trajectory("prompt_too_long", "error", "the prompt does not fit the context")
             if completion is None:
-                return await self._finish("overflow", "overflow")
-            reason = "length" if completion.finish_reason == "length" else "max_turns"
-            step = await self._act(completion, number)
+                await play.finish()
+                return play.trajectory("overflow", "overflow")
+            cut = completion.finish_reason == "length"
+            step = await play.step(completion.text, completion.completion_tokens or 0, cut)
+            self.messages.append(Message(role="assistant", content=completion.text))
             if step.done:
-                status = self.turns[-1].status
-                if status in ("solution", "timeout"):
-                    reason = status
-                elif reason == "max_turns" and number < settings.max_turns:
-                    reason = "done"
-                return self._end(step.outcome, reason)
+                return play.trajectory(step.outcome, play.reason)
             self._say([Message(role="user", content=step.observation or "")])
-        return await self._finish(None, reason)
+        return play.trajectory(await play.finish(), play.reason)
 
     async def _generate(self, first: bool) -> Completion | None:
         """One turn; None when the conversation is longer than it may be."""
@@ -100,59 +90,11 @@ class ChatEpisode:
         except ContextFull:
             return None
         finally:
-            self.metrics["generate_seconds"] += time.monotonic() - started
+            self._play.metrics["generate_seconds"] += time.monotonic() - started
         return None if (completion.prompt_tokens or 0) > limit else completion
-
-    async def _act(self, completion: Completion, number: int) -> StepResult:
-        started = time.monotonic()
-        step: StepResult = await self._environment(self.environment.step, completion.text, number)
-        status = "solution" if step.done else "ok"
-        turn = step.turn or Turn(completion.text, status=status, observation=step.observation or "")
-        turn.tokens, turn.seconds = completion.completion_tokens or 0, time.monotonic() - started
-        turn.reward = step.reward
-        self.turns.append(turn)
-        self.metrics.update(step.metrics)
-        self.messages.append(Message(role="assistant", content=completion.text))
-        return step
-
-    async def _finish(self, outcome: str | None, reason: str) -> Trajectory:
-        step: StepResult = await self._environment(self.environment.finish)
-        self.metrics.update(step.metrics)
-        if self.turns:
-            self.turns[-1].reward += step.reward
-        return self._end(outcome or step.outcome, reason)
-
-    async def _environment(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        started = time.monotonic()
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self.common.pool, function, *arguments)
-        except InfrastructureError as error:
-            raise EnvironmentFailure(str(error)) from error
-        except Exception as error:  # a fault in somebody's environment must not take the other episodes with it
-            raise EnvironmentFailure(f"{type(error).__name__}: {error}") from error
-        finally:
-            self.metrics["environment_seconds"] += time.monotonic() - started
 
     def _say(self, messages: Sequence[Message]) -> None:
         self.messages += [Message(role=m["role"], content=neutral(m["content"])) for m in messages]
-
-    def _end(self, outcome: str, reason: str, error: str = "") -> Trajectory:
-        return Trajectory(
-            task_id=self.task.id,
-            source=self.task.source,
-            sample=self.sample,
-            prompt_ids=[],
-            response_ids=[],
-            loss_mask=[],
-            logprobs=[],
-            spans=[],
-            reward=sum(turn.reward for turn in self.turns),
-            outcome=outcome,
-            stop_reason=reason,
-            turns=self.turns,
-            metrics=self.metrics,
-            error=error,
-        )
 
 
 async def play_all(common: Conversations, tasks: Sequence[Task], samples: int, on_episode: OnEpisode) -> None:

@@ -17,13 +17,13 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from rollout.chat import Chat
 from rollout.engine.base import Engine, Session
-from rollout.environment import Environment, StepResult
+from rollout.environment import Environment
 from rollout.errors import InfrastructureError
-from rollout.types import Generation, SamplingParams, Task, Trajectory, Turn
+from rollout.play import Play
+from rollout.types import Generation, SamplingParams, Task, Trajectory
 
 _log = logging.getLogger(__name__)
 
@@ -52,8 +52,6 @@ class _Record:
     mask: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     spans: list[tuple[int, int, int]] = field(default_factory=list)
-    turns: list[Turn] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=lambda: {"generate_seconds": 0.0, "environment_seconds": 0.0})
 
     def sampled(self, generation: Generation) -> None:
         start = len(self.response)
@@ -77,18 +75,15 @@ class _EpisodeRun:
 
     def __init__(
         self,
-        task: Task,
-        sample: int,
+        play: Play,
         session: Session,
-        environment: Environment,
         chat: Chat,
         settings: EpisodeSettings,
         params: SamplingParams,
         max_context: int,
-        pool: Executor | None,
     ) -> None:
-        self.task, self.sample, self.session, self.environment, self.chat = task, sample, session, environment, chat
-        self.settings, self.params, self.max_context, self.pool = settings, params, max_context, pool
+        self.play, self.session, self.chat = play, session, chat
+        self.settings, self.params, self.max_context = settings, params, max_context
         self.record = _Record()
 
     async def run(self, seed: int) -> Trajectory:
@@ -96,92 +91,48 @@ class _EpisodeRun:
             return await self._play(seed)
         except InfrastructureError as error:
             return self._end("infrastructure", "error", str(error))
-        except Exception as error:  # a fault in an environment must not take the other episodes with it
-            _log.exception("episode %s sample %d failed", self.task.id, self.sample)
-            return self._end("infrastructure", "error", f"{type(error).__name__}: {error}")
-        finally:  # may block, so it is nobody's to wait for
-            asyncio.get_running_loop().run_in_executor(self.pool, self.environment.close)
+        except Exception as error:  # a fault of the engine must not take the other episodes with it
+            trajectory = self._end("infrastructure", "error", f"{type(error).__name__}: {error}")
+            _log.exception("task %s sample %d failed", trajectory.task_id, trajectory.sample)
+            return trajectory
+        finally:
+            self.play.close()
 
     async def _play(self, seed: int) -> Trajectory:
         record, settings = self.record, self.settings
-        told = replace(self.task, fields={"seed": seed, **self.task.fields, "max_turns": settings.max_turns})
-        record.prompt = self.chat.prompt_ids(await self._environment(self.environment.reset, told))
+        record.prompt = self.chat.prompt_ids(await self.play.reset(seed))
         if len(record.prompt) > min(settings.max_prompt_length, settings.max_input_length, self.max_context - 1):
             return self._end("prompt_too_long", "error", f"the prompt has {len(record.prompt)} tokens")
         pending: list[int] = []  # the observation joins the response only if another turn follows it
         for number in range(1, settings.max_turns + 1):
             size = len(record.prompt) + len(record.response) + len(pending)
             if size > settings.max_input_length or size >= self.max_context:
-                return await self._finish("overflow", "overflow")
+                await self.play.finish()
+                return self._end("overflow", "overflow")
             record.observed(pending)
             generation = await self._generate(size, seed)
             if generation.finish_reason == "abort":
                 return self._end("infrastructure", "error", f"turn {number} was aborted by the engine")
-            step = await self._act(generation, number)
-            reason = "length" if generation.finish_reason == "length" else "max_turns"
+            action, tokens = self.chat.action_text(generation.output_ids), len(generation.output_ids)
+            step = await self.play.step(action, tokens, cut=generation.finish_reason == "length")
             if step.done:
-                status = record.turns[-1].status
-                if status in ("solution", "timeout"):
-                    reason = status
-                elif reason == "max_turns" and number < settings.max_turns:
-                    reason = "done"
-                return self._end(step.outcome, reason)
+                return self._end(step.outcome, self.play.reason)
             pending = self.chat.observation_ids(step.observation or "", generation.output_ids)
-        return await self._finish(None, reason)
+        return self._end(await self.play.finish(), self.play.reason)
 
     async def _generate(self, size: int, seed: int) -> Generation:
         params = replace(self.params, max_tokens=min(self.params.max_tokens, self.max_context - size))
         started = time.monotonic()
         generation = await self.session.generate(self.record.prompt + self.record.response, params, seed)
-        self.record.metrics["generate_seconds"] += time.monotonic() - started
+        self.play.metrics["generate_seconds"] += time.monotonic() - started
         self.record.sampled(generation)
         return generation
 
-    async def _act(self, generation: Generation, number: int) -> StepResult:
-        action = self.chat.action_text(generation.output_ids)
-        started = time.monotonic()
-        step: StepResult = await self._environment(self.environment.step, action, number)
-        turn = step.turn or Turn(action, status="solution" if step.done else "ok", observation=step.observation or "")
-        turn.tokens, turn.seconds = len(generation.output_ids), time.monotonic() - started
-        turn.reward = step.reward
-        self.record.turns.append(turn)
-        self.record.metrics.update(step.metrics)
-        return step
-
-    async def _environment(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        started = time.monotonic()
-        result = await asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
-        self.record.metrics["environment_seconds"] += time.monotonic() - started
-        return result
-
-    async def _finish(self, outcome: str | None, reason: str) -> Trajectory:
-        """The end without a solution: the environment says what the episode so far is worth."""
-        step: StepResult = await self._environment(self.environment.finish)
-        self.record.metrics.update(step.metrics)
-        if self.record.turns:
-            self.record.turns[-1].reward += step.reward
-        return self._end(outcome or step.outcome, reason)
-
     def _end(self, outcome: str, reason: str, error: str = "") -> Trajectory:
-        """The trajectory as it is now; its reward is the sum of its turns' rewards, 0 after a failure."""
-        r = self.record
-        reward = sum(turn.reward for turn in r.turns) if outcome != "infrastructure" else 0.0
-        return Trajectory(
-            task_id=self.task.id,
-            source=self.task.source,
-            sample=self.sample,
-            prompt_ids=r.prompt,
-            response_ids=r.response,
-            loss_mask=r.mask,
-            logprobs=r.logprobs,
-            spans=r.spans,
-            reward=reward,
-            outcome=outcome,
-            stop_reason=reason,
-            turns=r.turns,
-            metrics=r.metrics,
-            error=error,
-        )
+        r, trajectory = self.record, self.play.trajectory(outcome, reason, error)
+        trajectory.prompt_ids, trajectory.response_ids, trajectory.loss_mask = r.prompt, r.response, r.mask
+        trajectory.logprobs, trajectory.spans = r.logprobs, r.spans
+        return trajectory
 
 
 async def run_batch(
@@ -206,9 +157,8 @@ async def run_batch(
 
     async def play(task: Task, sample: int, session: Session) -> Trajectory:
         async with session:
-            run = _EpisodeRun(
-                task, sample, session, environment_factory(), chat, settings, params, engine.max_context, pool
-            )
+            played = Play(environment_factory(), task, sample, settings.max_turns, pool)
+            run = _EpisodeRun(played, session, chat, settings, params, engine.max_context)
             trajectory = await run.run(sample_seed(seed, task.id, sample))
         if on_trajectory is not None:
             on_trajectory(trajectory)

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -85,6 +87,9 @@ def _ask(args: argparse.Namespace) -> int:
         args.config = config_of(args.model)
     elif args.config is None and args.server is None:
         raise UserError("name who is to answer: --model DIR, such as a run's export/, or --server URL")
+    loose = [word for word in args.settings if "=" not in word]
+    if loose:
+        raise UserError(f"put the question in quotes: {shlex.join([' '.join([args.question, *loose])])}")
     question = Question(args.database, args.question, args.evidence, args.model, _server(args))
     return main(_config(args), question)
 
@@ -296,10 +301,10 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except OSError as error:
-        if error.filename is None:
+    except OSError as error:  # a folder that may not be looked into, a full disk behind `> FILE`
+        if error.filename is None and error.errno != errno.ENOSPC:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)  # a folder that may not be looked into
+        print(f"error: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
         return 2
 
 

@@ -93,7 +93,7 @@ def _status(error: HfHubHTTPError, source: Source) -> tuple[str, bool, float | N
 
 def _retry_after(response: httpx2.Response) -> float | None:
     value = response.headers.get("Retry-After", "")
-    return float(value) if value.isdigit() else None
+    return float(value) if value.isdecimal() else None
 
 
 def _connection(error: Exception, source: Source) -> tuple[str, bool]:

@@ -51,6 +51,8 @@ def test_mistakes_are_told_in_one_sentence(tmp_path: Path, database: Path, capsy
     assert "nowhere.sqlite: no such file" in error("--database", str(tmp_path / "nowhere.sqlite"), *model)
     assert launch.main(["ask", "--database", str(database), *model, " "]) == 2
     assert "the question is empty" in capsys.readouterr().err
+    assert launch.main(["ask", "--database", str(database), *model, "How", "many?"]) == 2
+    assert capsys.readouterr().err == "error: put the question in quotes: 'How many?'\n"
     (tmp_path / "second.db").write_bytes(database.read_bytes())
     assert "holds 2 databases (second, zoo)" in error("--database", str(tmp_path), *model)
     assert "no-model: no such model folder" in error("--database", str(database), "--model", str(tmp_path / "no-model"))

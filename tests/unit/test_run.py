@@ -100,6 +100,13 @@ def test_a_path_that_the_system_refuses_is_named(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: runs/locked: Permission denied\n"
 
 
+def test_a_full_disk_behind_the_output_is_said():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "launch.py", "config"]
+        result = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert result.stderr == "error: output: No space left on device\n"
+
+
 def test_config_prints_meaning_and_changes():
     result = run_launch("config", "generator.max_turns=7")
     assert "generator.max_turns = 7  (default 5)" in result.stdout

@@ -22,9 +22,6 @@ SEPARATOR = " | "
 _TAGS = "think|sql|solution|observation|reminder|s|unk|pad|bos|eos|cls|sep|mask|start_of_turn|end_of_turn|tool_call"
 _MARKUP = re.compile(rf"<(?=\s*/?\s*(?:{_TAGS})\b|\||｜)|\[(?=/?INST\])", re.IGNORECASE)
 _UNPRINTABLE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-_FENCE = "\x1f"
-_NEXT_LINE = f"{_FENCE}\n{_FENCE}"
-_WIDE = 10**18  # longer integers are shown with care
 _SHORT_ESCAPES = {"\n": "\\n", "\r": "\\r"}
 
 
@@ -48,8 +45,6 @@ def clip(text: str, limit: int) -> str:
 
 def show_cell(value: Cell) -> str:
     """A cell as SQLite's shell would show it. Text is quoted only where its ends could not be seen."""
-    if type(value) is int and -_WIDE < value < _WIDE:
-        return str(value)
     if isinstance(value, str):
         if not value or value == "NULL" or SEPARATOR in value or value[0].isspace() or value[-1].isspace():
             return "'" + escape(clip(value, MAX_CELL_CHARS).replace("'", "''")) + "'"
@@ -67,18 +62,6 @@ def show_cell(value: Cell) -> str:
 def render(columns: Sequence[str], rows: Sequence[Sequence[Cell]], total: int, exact: bool, max_chars: int) -> str:
     """The table of `rows`, the first ones of a result of `total` rows (of more than `total` where not `exact`)."""
     room = max_chars - len(_tail(total, False)) - 1
-    table = _plain_table(columns, rows)
-    shown = len(rows)
-    if table is None or len(table) > room:
-        lines = _lines(columns, rows, room)
-        table, shown = "\n".join(lines), len(lines) - 1
-    if total == 0:
-        return f"{table}\n{NO_ROWS}"
-    return table if total == shown and exact else f"{table}\n{_tail(total - shown, exact)}"
-
-
-def _lines(columns: Sequence[str], rows: Sequence[Sequence[Cell]], room: int) -> list[str]:
-    """The names, and as many rows as there is room for."""
     lines = [_cut(SEPARATOR.join(escape(clip(name, MAX_NAME_CHARS)) for name in columns), room)]
     room -= len(lines[0])
     for row in rows:
@@ -89,28 +72,12 @@ def _lines(columns: Sequence[str], rows: Sequence[Sequence[Cell]], room: int) ->
             break
         lines.append(line)
         room -= len(line) + 1
-    return lines
-
-
-def _plain_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str | None:
-    """All lines at once, several times as fast, where no name and no cell is out of the ordinary; most tables are so.
-
-    What is done cell by cell otherwise is looked for here in one text, with a fence on both sides of every cell.
-    """
-    lines = [_FENCE.join([cell if type(cell) is str else show_cell(cell) for cell in row]) for row in (columns, *rows)]
-    if max(map(len, lines)) > MAX_CELL_CHARS or max(map(len, columns)) > MAX_NAME_CHARS:
-        return None
-    text = f"{_FENCE}{_NEXT_LINE.join(lines)}{_FENCE}"
-    if text.count(_FENCE) != (len(columns) + 1) * len(lines) or text.count("\n") != len(rows):
-        return None
-    if _FENCE + _FENCE in text or _FENCE + " " in text or " " + _FENCE in text:
-        return None
-    if "|" in text or "<" in text or "[" in text:
-        return None
-    if f"{_FENCE}NULL{_FENCE}" in text and any(cell == "NULL" for row in rows for cell in row):
-        return None
-    table = text[1:-1].replace(_NEXT_LINE, "\n").replace(_FENCE, SEPARATOR)
-    return table if table.isascii() and table.replace("\n", "").isprintable() else None
+    hidden = total - (len(lines) - 1)
+    if total == 0:
+        lines.append(NO_ROWS)
+    elif hidden or not exact:
+        lines.append(_tail(hidden, exact))
+    return "\n".join(lines)
 
 
 def render_error(message: str, max_chars: int) -> str:

@@ -143,23 +143,3 @@ def test_any_error_is_one_bounded_line(message: str, limit: int) -> None:
 @given(st.text(st.characters()))
 def test_escaping_changes_nothing_twice(text: str) -> None:
     assert escape(escape(text)) == escape(text)
-
-
-PLAIN = st.one_of(
-    st.none(),
-    st.integers(),
-    st.floats(),
-    st.text("ab NUL|<[\t\n\x1f\x7fé", max_size=4),
-    st.sampled_from(["NULL", "Ann", "New York", "", "x" * 399, "x" * 401, 10**18, -(10**18), 10**40]),
-)
-
-
-@settings(max_examples=500, deadline=None)
-@given(st.lists(st.text("ab |\x1f\nN<", max_size=3), min_size=1, max_size=3), st.data(), st.integers(60, 500))
-def test_a_table_made_at_once_is_the_one_made_cell_by_cell(columns: list[str], data: st.DataObject, room: int) -> None:
-    rows = data.draw(st.lists(st.tuples(*[PLAIN] * len(columns)), max_size=4))
-    table = observation._plain_table(columns, rows)
-    if table is not None and len(table) <= room:
-        assert table.split("\n") == observation._lines(columns, rows, room)
-    ordinary = [("Ann", 3, None, 2.5), ("Bo Derek", -1, 7, 1e30)]
-    assert observation._plain_table("abcd", ordinary) is not None

@@ -6,6 +6,7 @@ the model thought, what it ran and what came back, then the final query and its 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ from typing import Any
 
 from rich.text import Text
 
-from rollout.chat_client import ServerOptions
+from rollout.chat_client import ServerOptions, with_model
 from rollout.errors import UserError
 from rollout.types import Task, Trajectory, Turn
 from sqlrl_jax import config_file
@@ -53,12 +54,13 @@ def main(config: Config, question: Question) -> int:
     """Prints the episode and, as the last line, JSON with the final query. Exit status 1 when there is no answer."""
     if not question.text.strip():
         raise UserError("the question is empty")
+    server = asyncio.run(with_model(question.server)) if question.server else None
     display = Display()
     with ExitStack() as stack:
         folder = stack.enter_context(TemporaryDirectory(prefix="ask-"))
         db_id = _copy(Path(question.database), Path(folder))
         config = _with(config, question.model, folder)
-        player = served(config, question.server) if question.server else hosted(config, display, False)
+        player = served(config, server) if server else hosted(config, display, False)
         play = stack.enter_context(player)
         fields = {"db_id": db_id, "question": question.text, "evidence": question.evidence}
         episodes: list[Trajectory] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ import launch
 from rollout.environment import EnvironmentFactory
 from rollout.types import Task
 from sqlrl_jax.config import Config
+from tests.unit.chat_server import ChatServer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,6 +41,20 @@ def test_a_question_is_answered_by_looking_first(database: Path, capfd: pytest.C
     assert 1 <= answer["turns"] <= 3
     assert database.read_bytes() == before
     assert [p.name for p in database.parent.iterdir()] == ["zoo.sqlite"]
+
+
+def test_a_served_model_is_asked_by_its_address_alone(database: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def policy(request: dict[str, Any]) -> str:
+        looked = "<observation>" in request["messages"][-1]["content"]
+        tag = "solution" if looked else "sql"
+        return f"<think>so</think><{tag}>SELECT region FROM ship</{tag}>"
+
+    with ChatServer(policy) as server:
+        status = launch.main(["ask", "--server", server.url, "--database", str(database), "Which region?"])
+    printed = capfd.readouterr().out.strip().splitlines()
+    assert status == 0, printed
+    assert json.loads(printed[-1]) == {"sql": "SELECT region FROM ship", "outcome": "answered", "turns": 2}
+    assert "north" in printed
 
 
 def test_mistakes_are_told_in_one_sentence(tmp_path: Path, database: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from rollout.sql.grader import Grading
 from rollout.sql.rows import tied_runs
 from rollout.sql.syntax import is_ordered, reads_a_table
 
-CACHED_GOLDS = 20_000
+CACHED_GOLDS = 2_000  # more than a step's questions; some results are large
 CACHED_SUITES = 2_000
 SUITE_BATCH = 8  # databases of a suite that a prediction runs on before the next look
 

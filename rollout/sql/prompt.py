@@ -114,11 +114,6 @@ def read_template(path: str | Path) -> Template:
     return Template(content.get("system", "").removesuffix("\n"), content["user"].removesuffix("\n"))
 
 
-def build_messages(schema: str, question: str, evidence: str, style: Style, max_turns: int) -> list[Message]:
-    """The prompt as chat messages, from our own template."""
-    return built_in(style).messages(schema, question, evidence, max_turns)
-
-
 def _fill(template: str, values: dict[str, str]) -> str:
     if not values["evidence"]:
         template = _without_evidence(template)

@@ -14,18 +14,12 @@ from rollout.sql.observation import Cell
 from rollout.sql.schema_catalogs import CATALOGS, Name, Rows
 from rollout.sql.schema_text import Dialect, Fits, SchemaText, Style, Table
 
-MAX_SCHEMA_CHARS = 24_000
 SAMPLES = 3
 SAMPLED_ROWS = 50
 
 
-def describe(executor: Executor, db_id: str, style: Style, max_chars: int = MAX_SCHEMA_CHARS) -> str:
-    """The schema's text in at most `max_chars` characters. Raises as `open_schema`."""
-    return open_schema(executor, db_id, style, lambda text: len(text) <= max_chars).text()
-
-
-def open_schema(executor: Executor, db_id: str, style: Style, fits: Fits) -> SchemaText:
-    """Reads a schema. Raises InfrastructureError if it can't be read or has no tables."""
+def open_schema(executor: Executor, db_id: str, style: Style, fits: Fits = lambda text: True) -> SchemaText:
+    """Reads a schema, to be told in what `fits`. Raises InfrastructureError if it can't be read or has no tables."""
     file = executor.locate(db_id)
     catalog = CATALOGS[executor.engine]
 

@@ -28,7 +28,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = []
         for task in read_tasks(data / "demo/train.jsonl"):
             db_id, question = task.fields["db_id"], task.fields["question"]
-            text = schema.describe(executor, db_id, "short")
+            text = schema.open_schema(executor, db_id, "short").text()
             [*_, user] = template.messages(text, question, "", 5)
             messages = [{"role": "system", "content": "{question}"}, {"role": "user", "content": user["content"]}]
             spec = {"method": "rule", "ground_truth": task.fields["gold_sql"]}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rollout.sql import Executor
-from rollout.sql.prompt import build_messages
+from rollout.sql.prompt import built_in
 from rollout.types import Task
 from sqlrl_jax.config import DemoConfig
 from sqlrl_jax.data import demo
@@ -143,7 +143,7 @@ def test_prompt_hides_spelling_and_names() -> None:
     for item in items(PARAMETERS, "heldout"):
         prompt = prompt_text(item.task)
         schema, question = item.task.fields["schema"], item.task.fields["question"]
-        assert build_messages(schema, question, "", "short", 5) == [{"role": "user", "content": prompt}]
+        assert built_in("short").messages(schema, question, "", 5) == [{"role": "user", "content": prompt}]
         for chosen in item.question.filters:
             assert chosen.stored == chosen.word or chosen.stored not in prompt
         table = item.question.table

@@ -456,7 +456,7 @@ def test_a_database_that_can_not_be_read_is_nobodys_wrong_answer(tmp_path: Path)
 
 
 def test_the_schema(executor: Executor) -> None:
-    text = schema.describe(executor, "shop", "full")
+    text = schema.open_schema(executor, "shop", "full").text()
     assert (
         "CREATE TABLE shop (\n  id INTEGER NOT NULL PRIMARY KEY, -- e.g. 1, 2\n"
         "  name VARCHAR NOT NULL, -- e.g. 'Nord', 'Süd &lt;/observation>'\n"
@@ -465,7 +465,7 @@ def test_the_schema(executor: Executor) -> None:
     assert "  PRIMARY KEY (shop_id, nr),\n  FOREIGN KEY (shop_id) REFERENCES shop(id)\n" in text
     assert 'CREATE TABLE archive."old sale" (\n  nr BIGINT, -- e.g. 1\n  note STRUCT(a INTEGER, b VARCHAR)' in text
     assert "CREATE TABLE cheap (" in text
-    assert "sale(shop_id, nr, price, tags)\n" in schema.describe(executor, "shop", "short")
+    assert "sale(shop_id, nr, price, tags)\n" in schema.open_schema(executor, "shop", "short").text()
     with duckdb.connect(":memory:") as copy:
         copy.execute("CREATE SCHEMA archive")
         copy.execute(text)

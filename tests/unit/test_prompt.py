@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rollout.chat import Chat, load_tokenizer
 from rollout.environment import Environment, make_environment_factory
 from rollout.errors import UserError
-from rollout.sql.prompt import Template, build_messages, built_in, read_template
+from rollout.sql.prompt import Template, built_in, read_template
 from rollout.types import Message, Task
 from sqlrl_jax.config import Config
 
@@ -29,21 +29,23 @@ SKYRL_USER = "{db_details}:CREATE TABLE a (x {y} {{z}} {% if %});;\n {external_k
 
 
 def test_the_full_prompt() -> None:
-    system, user = build_messages(SCHEMA, "How many?", "many means all", "full", 5)
+    system, user = built_in("full").messages(SCHEMA, "How many?", "many means all", 5)
     assert "a SQLite database" in system["content"]
     assert "5 turns" in system["content"]
     assert "{" not in system["content"]
     assert user["content"] == (
         f"Database schema:\n{SCHEMA}\n\nExternal knowledge: many means all\n\nQuestion: How many?"
     )
-    assert build_messages(SCHEMA, "Q", " \n", "full", 1)[1]["content"] == f"Database schema:\n{SCHEMA}\n\nQuestion: Q"
-    assert "you have 1 turn to" in build_messages(SCHEMA, "Q", "", "full", 1)[0]["content"]
+    assert (
+        built_in("full").messages(SCHEMA, "Q", " \n", 1)[1]["content"] == f"Database schema:\n{SCHEMA}\n\nQuestion: Q"
+    )
+    assert "you have 1 turn to" in built_in("full").messages(SCHEMA, "Q", "", 1)[0]["content"]
     assert "Write DuckDB's dialect" in built_in("full", "duckdb").system
 
 
 def test_the_short_prompt() -> None:
-    assert build_messages("a(b)", "Q", "", "short", 5) == [{"role": "user", "content": "a(b)\nQ"}]
-    assert build_messages("a(b)", "Q", "E", "short", 5) == [{"role": "user", "content": "a(b)\nE\nQ"}]
+    assert built_in("short").messages("a(b)", "Q", "", 5) == [{"role": "user", "content": "a(b)\nQ"}]
+    assert built_in("short").messages("a(b)", "Q", "E", 5) == [{"role": "user", "content": "a(b)\nE\nQ"}]
 
 
 @settings(max_examples=100, deadline=None)
@@ -113,7 +115,7 @@ def test_a_rows_own_prompt_goes_through_the_template_as_it_is(qwen: Any) -> None
 
 @pytest.mark.parametrize("style", ["full", "short"])
 def test_both_prompt_styles_in_both_styles_of_episodes(qwen: Any, style: Any) -> None:
-    messages = build_messages(SCHEMA, "How many?", "", style, 5)
+    messages = built_in(style).messages(SCHEMA, "How many?", "", 5)
     grown, spoken = Chat(qwen), Chat(qwen, conversation=True)
     assert grown.prompt_ids(messages) == spoken.prompt_ids(messages)
     text = qwen.decode(grown.prompt_ids(messages))
@@ -146,8 +148,8 @@ def test_data_can_not_end_a_turn_nor_begin_one(
     def structure(ids: list[int]) -> list[int]:
         return [token for token in ids if token in special]
 
-    calm = chat.prompt_ids(build_messages("s", "q", "e", "full", 5))
-    wild = chat.prompt_ids(build_messages(schema, question, evidence, "full", 5))
+    calm = chat.prompt_ids(built_in("full").messages("s", "q", "e", 5))
+    wild = chat.prompt_ids(built_in("full").messages(schema, question, evidence, 5))
     assert structure(wild) == structure(calm)
     assert structure(chat.observation_ids(evidence, [1])) == structure(chat.observation_ids("x", [1]))
 

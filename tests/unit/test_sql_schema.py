@@ -71,7 +71,7 @@ def executor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
 
 
 def test_the_schema_as_ddl(executor: Executor) -> None:
-    text = schema.describe(executor, "plain", "full")
+    text = schema.open_schema(executor, "plain", "full").text()
     assert "  id INTEGER PRIMARY KEY, -- e.g. 1, 2, 3\n" in text
     assert "  name TEXT NOT NULL, -- e.g. 'Zaz', 'Barbara', 'Lena &lt;/observation>'\n" in text
     assert '  "birth year" INT, -- e.g. 1980, 1930\n' in text
@@ -84,7 +84,7 @@ def test_the_schema_as_ddl(executor: Executor) -> None:
 
 
 def test_the_schema_in_short(executor: Executor) -> None:
-    lines = schema.describe(executor, "plain", "short").splitlines()
+    lines = schema.open_schema(executor, "plain", "short").text().splitlines()
     assert lines[:4] == [
         'singer(id, name, country, "birth year", photo, older)',
         "song(singer_id, nr, title)",
@@ -95,7 +95,7 @@ def test_the_schema_in_short(executor: Executor) -> None:
 
 def test_what_the_owner_says_stands_behind_the_columns(executor: Executor, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        text = schema.describe(executor, "music", "full")
+        text = schema.open_schema(executor, "music", "full").text()
     assert "  id INTEGER PRIMARY KEY, -- the singer's number; e.g. 1, 2, 3\n" in text
     assert (
         "  country TEXT, -- where the singer comes from; values: in capitals: • FRANCE • GERMANY; e.g. 'FRANCE', "
@@ -109,9 +109,9 @@ def test_what_the_owner_says_stands_behind_the_columns(executor: Executor, caplo
 
 def test_a_database_without_tables_is_named(executor: Executor) -> None:
     with pytest.raises(InfrastructureError, match="database empty: has no tables"):
-        schema.describe(executor, "empty", "full")
+        schema.open_schema(executor, "empty", "full").text()
     with pytest.raises(InfrastructureError, match="nothing"):
-        schema.describe(executor, "nothing", "full")
+        schema.open_schema(executor, "nothing", "full").text()
 
 
 def test_unreadable_descriptions_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

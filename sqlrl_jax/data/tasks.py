@@ -92,15 +92,11 @@ def _json_object(line: str, where: str) -> dict[str, Any]:
     return row
 
 
-def parse_task(line: str, where: str, default_source: str = "", required: Sequence[str] = REQUIRED) -> Task:
-    """One line to one task; `where` (file:line) opens every error message.
+def _task(row: dict[str, Any], where: str, default_source: str, required: Sequence[str]) -> Task:
+    """One row to one task; `where` (file:line) opens every error message.
 
     Without `gold_sql` among the required fields it is another environment's task, whose fields mean what that says.
     """
-    return _task(_json_object(line, where), where, default_source, required)
-
-
-def _task(row: dict[str, Any], where: str, default_source: str, required: Sequence[str]) -> Task:
     for name in required:
         if name == "gold_sql" and row.get("gold_results") is not None:
             continue  # graded by results instead

@@ -19,7 +19,7 @@ from rollout.types import Task, Trajectory
 from sqlrl_jax import config_file
 from sqlrl_jax.config import Config
 from sqlrl_jax.data.questions import load_questions
-from sqlrl_jax.data.tasks import DataError, parse_task, read_tasks
+from sqlrl_jax.data.tasks import DataError, read_tasks
 from sqlrl_jax.run import episode_record
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "calculator.yaml"
@@ -111,8 +111,9 @@ def test_the_configurations_data_are_what_the_generator_writes(tmp_path: Path) -
 
 def test_other_environments_tasks_need_an_id_alone(tmp_path: Path) -> None:
     path = tmp_path / "own.jsonl"
-    path.write_text('{"id": "a", "schema": {"x": [1]}, "evidence": 3}\n{"word": "b"}\n')
-    assert parse_task(path.read_text().splitlines()[0], "here", required=("id",)).fields["schema"] == {"x": [1]}
+    path.write_text('{"id": "a", "schema": {"x": [1]}, "evidence": 3}\n')
+    assert read_tasks(path, ("id",))[0].fields["schema"] == {"x": [1]}
+    path.write_text('{"id": "a"}\n{"word": "b"}\n')
     with pytest.raises(DataError, match=r"own\.jsonl:2: field id is missing; required are id$"):
         read_tasks(path, ("id",))
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollout.types import Task
-from sqlrl_jax.data.tasks import OPTIONAL, DataError, parse_task, read_tasks, write_tasks
+from sqlrl_jax.data.tasks import OPTIONAL, DataError, read_tasks, write_tasks
 
 GOOD = {"id": "a", "db_id": "d", "question": "How many?", "gold_sql": "SELECT 1"}
 
@@ -97,11 +97,11 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
         read_tasks(path)
 
 
-def test_published_results_stand_in_for_gold_sql() -> None:
+def test_published_results_stand_in_for_gold_sql(tmp_path: Path) -> None:
     row = {name: value for name, value in GOOD.items() if name != "gold_sql"}
-    assert parse_task(json.dumps({**row, "gold_results": []}), "f:1").fields["gold_results"] == []
+    assert read_tasks(write(tmp_path / "t.jsonl", {**row, "gold_results": []}))[0].fields["gold_results"] == []
     with pytest.raises(DataError, match="field gold_sql is missing"):
-        parse_task(json.dumps({**row, "gold_results": None}), "f:1")
+        read_tasks(write(tmp_path / "t.jsonl", {**row, "gold_results": None}))
 
 
 def test_a_file_takes_its_place_only_when_whole(tmp_path: Path) -> None:
@@ -120,9 +120,9 @@ def test_a_file_takes_its_place_only_when_whole(tmp_path: Path) -> None:
         write_tasks(path / "below" / "a.jsonl", [])
 
 
-def test_prompt_may_be_messages() -> None:
+def test_prompt_may_be_messages(tmp_path: Path) -> None:
     prompt = [{"role": "user", "content": "hi"}]
-    assert parse_task(json.dumps({**GOOD, "prompt": prompt}), "f:1").fields["prompt"] == prompt
+    assert read_tasks(write(tmp_path / "t.jsonl", {**GOOD, "prompt": prompt}))[0].fields["prompt"] == prompt
 
 
 def test_reads_the_real_questions(shared_dir: Path) -> None:

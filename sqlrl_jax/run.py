@@ -41,7 +41,8 @@ class Run:
         self.export = self.dir / "export"
         self.log_file = self.dir / "log.txt"
         resuming = config.trainer.resume_mode == "latest"
-        if self.metrics_file.exists() and not resuming:
+        # One that ended before its first line of metrics, over a mistyped name say, left nothing to go on from.
+        if self.metrics_file.exists() and self.metrics_file.stat().st_size and not resuming:
             raise RunError(
                 f"{self.dir} already holds a run. Go on with it: trainer.resume_mode=latest; "
                 f"or start another: trainer.run_dir=FOLDER (or delete this one)"

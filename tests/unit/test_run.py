@@ -19,6 +19,15 @@ def make(tmp_path, *settings):
     return config_file.load(None, [f"trainer.run_dir={tmp_path}/run", *settings])
 
 
+def test_a_start_that_came_to_nothing_is_no_run(tmp_path):
+    run = Run(make(tmp_path))
+    run.forget_after(-1)
+    run.close()
+    again = Run(make(tmp_path))
+    assert again.epoch == 2
+    again.close()
+
+
 def test_a_second_start_is_refused_and_says_how_to_go_on(tmp_path):
     run = Run(make(tmp_path))
     run.log_metrics("train", 1, {"a": 1.0})

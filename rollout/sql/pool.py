@@ -121,15 +121,21 @@ class Pool:
                 raise closed_error()
             self._waiting.extend(jobs)
             taken = self._next(caller)
-        while caller.left:
-            if taken is None:
+        try:
+            while taken is not None or caller.left:
+                if taken is not None:
+                    taken = self._serve(*taken, caller)
+                    continue
                 bell = caller.bell
                 if bell is not None:
                     bell.acquire()
                 with self._lock:
                     taken = self._next(caller)
-            else:
-                taken = self._serve(*taken, caller)
+        except BaseException:  # Ctrl-C: what it asked for must not hold up the others
+            with self._lock:
+                caller.serving = True
+                self._call_others()
+            raise
         return jobs
 
     def _next(self, caller: _Caller) -> tuple[Worker | None, list[Job]] | None:

@@ -58,7 +58,7 @@ class TorchUpdate:
         tokens = torch.from_numpy(np.stack([np.pad(s.tokens, (0, width - len(s.tokens))) for s in samples])).long()
         trained, old, advantage = (
             padded(n, d)
-            for n, d in (("trained", torch.bool), ("old_logprobs", torch.float32), ("advantages", torch.float32))
+            for n, d in (("trained", torch.bool), ("rollout_logprobs", torch.float32), ("advantages", torch.float32))
         )
         hidden, targets = self._hidden(tokens)[:, :-1], tokens[:, 1:]
         if self.by_length:

@@ -1,8 +1,10 @@
 """The policy that is being trained: episodes and advantages in, one or more optimizer steps, metrics out.
 
-Splits a batch into minibatches of whole questions, packs them, and steps with the clipped PPO objective. The old
-log-probabilities are always the rollout's own: they are what the tokens were drawn with, and they stay right over several
-minibatches and epochs. How a step is compiled is step.py's business; what an episode is worth, rl/advantages.py's.
+Splits a batch into minibatches of whole questions, packs them, and steps with the policy loss of the configuration. The old
+log-probabilities are the rollout's own: they are what the tokens were drawn with, and they stay right over several
+minibatches and epochs. Only with trainer.algorithm.off_policy_correction are they the learner's, from before the update,
+and the correction is between the two. How a step is compiled is step.py's business; what an episode is worth,
+rl/advantages.py's.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -19,33 +22,50 @@ from jaxtyping import Array, Float
 from rollout.types import Trajectory
 from sqlrl_jax import compile_cache
 from sqlrl_jax.allocator import keep_freed_memory
-from sqlrl_jax.config import AlgorithmConfig, Config
+from sqlrl_jax.config import Config, TrainerConfig
+from sqlrl_jax.config_algorithm import AlgorithmConfig
 from sqlrl_jax.data.packing import PackedBatch, Sample, pack, samples_of
 from sqlrl_jax.mesh import make_mesh
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.hf import load_hf
 from sqlrl_jax.model.params import Params, parameter_count
+from sqlrl_jax.rl.advantages import Advantages
+from sqlrl_jax.rl.covariance import select_clip_cov, select_kl_cov
 from sqlrl_jax.rl.logprobs import TokenLogprobs
-from sqlrl_jax.rl.losses import Sums, add_sums, ppo
+from sqlrl_jax.rl.losses import PolicyLoss, Sums, add_sums, load_policy_loss
+from sqlrl_jax.rl.objective import means, policy_objective
+from sqlrl_jax.rl.rewards import truncated
+from sqlrl_jax.rl.tokens import make_tokens
 from sqlrl_jax.step import State, Stepper
 
+OldPolicy = Literal["rollout", "present", "scored"]
 
-def policy_objective(
-    algorithm: AlgorithmConfig, out: TokenLogprobs, batch: dict[str, Array]
+
+def old_policy(trainer: TrainerConfig) -> OldPolicy:
+    """Where the old log-probabilities come from. Without a correction: the rollout. With one they are the learner's before
+    the update: where a batch is one optimizer step those are the present ones, which cost nothing, otherwise those of a
+    forward pass over the batch."""
+    if not trainer.algorithm.off_policy_correction.enabled:
+        return "rollout"
+    one_step = trainer.policy_mini_batch_size == trainer.train_batch_size and trainer.update_epochs_per_batch == 1
+    return "present" if one_step else "scored"
+
+
+def objective_of(
+    algorithm: AlgorithmConfig, policy_loss: PolicyLoss, old: OldPolicy, out: TokenLogprobs, batch: dict[str, Array]
 ) -> tuple[Float[Array, ""], Sums]:
     """The summed policy loss of a micro-batch's trained tokens and the sums behind its metrics."""
-    loss, sums = ppo(
+    tokens = make_tokens(
         out.logprobs,
-        batch["old_logprobs"],
+        batch["rollout_logprobs"],
         batch["advantages"],
         batch["weights"],
         batch["mask"],
-        eps_low=algorithm.eps_clip_low,
-        eps_high=algorithm.eps_clip_high,
-        dual_clip=algorithm.clip_ratio_c if algorithm.policy_loss_type == "dual_clip" else None,
+        batch["episodes"],
+        old_logprobs=out.logprobs if old == "present" else batch.get("old_logprobs"),
+        selected=batch.get("selected"),
     )
-    entropy = jax.numpy.where(batch["mask"], out.entropy, 0.0)
-    return loss, sums | {"entropy": jax.lax.stop_gradient(entropy.sum())}
+    return policy_objective(tokens, out.entropy, policy_loss, algorithm)
 
 
 class Learner:
@@ -56,12 +76,14 @@ class Learner:
     ) -> None:
         self.config, self.mesh, self.model_config = config, mesh, model_config
         trainer = config.trainer
+        self._old = old_policy(trainer)
+        policy_loss = load_policy_loss(trainer.algorithm.policy_loss_type)
         self._stepper = Stepper(
             trainer.policy,
             model_config,
             mesh,
             params,
-            partial(policy_objective, trainer.algorithm),
+            partial(objective_of, trainer.algorithm, policy_loss, self._old),
             temperature=config.generator.sampling_params.temperature or 1.0,
             total_steps=optimizer_steps,
         )
@@ -94,17 +116,23 @@ class Learner:
         """Shapes, dtypes and shardings of `state`."""
         return self._stepper.abstract_state()
 
-    def update(self, trajectories: Sequence[Trajectory], advantages: Sequence[float] | np.ndarray) -> dict[str, float]:
-        """Trains on a batch of episodes, one advantage each, and returns the metrics named policy/*.
+    def update(self, trajectories: Sequence[Trajectory], advantages: Advantages) -> dict[str, float]:
+        """Trains on a batch of episodes, one advantage each or one a sampled token; returns the metrics named policy/*.
 
         Episodes of one task_id are one question; a minibatch is `policy_mini_batch_size` questions in order of
-        appearance. With `zero_variance_filter`, questions whose advantages are all zero are left out.
+        appearance. With `zero_variance_filter`, questions whose advantages are all zero are left out, with
+        `apply_overlong_filtering` episodes that ran out of tokens.
         """
         batches = [p for p in self._minibatches(trajectories, advantages) if p.total_weight > 0]
+        if self._old == "scored":
+            for packed in batches:
+                packed.put("old_logprobs", [out.logprobs for out in self._stepper.logprobs(packed)])
         steps = []
         for _ in range(self.config.trainer.update_epochs_per_batch):
-            steps += [self._stepper.minibatch(packed) for packed in batches]
-        return self._metrics(batches, jax.device_get(steps), len(trajectories))
+            for packed in batches:
+                self._select(packed)
+                steps.append(self._stepper.minibatch(packed))
+        return self._metrics(batches, jax.device_get(steps), trajectories)
 
     def evaluate_logprobs(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
         """The present weights' log-probabilities of each episode's sampled tokens, at the sampling temperature."""
@@ -121,28 +149,62 @@ class Learner:
             shards=self._stepper.shards,
         )
 
-    def _minibatches(
-        self, trajectories: Sequence[Trajectory], advantages: Sequence[float] | np.ndarray
-    ) -> list[PackedBatch]:
+    def _minibatches(self, trajectories: Sequence[Trajectory], advantages: Advantages) -> list[PackedBatch]:
         algorithm, size = self.config.trainer.algorithm, self.config.trainer.policy_mini_batch_size
-        samples = samples_of(trajectories, advantages, algorithm.loss_reduction)
+        if len(trajectories) != len(advantages):
+            raise ValueError(f"{len(advantages)} advantages for {len(trajectories)} trajectories: expected one each")
         questions: dict[str, list[int]] = {}
         for i, trajectory in enumerate(trajectories):
             questions.setdefault(trajectory.task_id, []).append(i)
         groups = list(questions.values())
-        chosen = [groups[i : i + size] for i in range(0, len(groups), size)]
-        if algorithm.zero_variance_filter:
-            chosen = [[g for g in part if any(advantages[i] != 0 for i in g)] for part in chosen]
-        return [self._pack([samples[i] for group in part for i in group]) for part in chosen]
+        out = []
+        for start in range(0, len(groups), size):
+            part = groups[start : start + size]
+            if algorithm.zero_variance_filter:
+                part = [group for group in part if any(np.any(advantages[i] != 0) for i in group)]
+            chosen = [i for group in part for i in group if not self._left_out(trajectories[i])]
+            samples = samples_of(
+                [trajectories[i] for i in chosen],
+                [advantages[i] for i in chosen],
+                algorithm.loss_reduction,
+                algorithm.max_seq_len,
+            )
+            out.append(self._pack(samples))
+        return out
+
+    def _left_out(self, trajectory: Trajectory) -> bool:
+        return self.config.generator.apply_overlong_filtering and truncated(trajectory)
+
+    def _select(self, packed: PackedBatch) -> None:
+        """Marks the tokens that clip_cov or kl_cov treat apart, by the weights of this step: one more forward pass."""
+        algorithm = self.config.trainer.algorithm
+        if algorithm.policy_loss_type not in ("clip_cov", "kl_cov"):
+            return
+        new = packed.in_order([np.asarray(out.logprobs) for out in self._stepper.logprobs(packed)])
+        advantages = packed.in_order([arrays["advantages"] for arrays in packed.micro_batches])
+        if algorithm.policy_loss_type == "kl_cov":
+            selected = select_kl_cov(new, advantages, algorithm)
+        else:
+            names = {"rollout": "rollout_logprobs", "scored": "old_logprobs"}
+            old = (
+                new if self._old == "present" else packed.in_order([m[names[self._old]] for m in packed.micro_batches])
+            )
+            rng = np.random.default_rng([self.config.trainer.seed, int(self.state.step), int(self.state.skipped)])
+            selected = select_clip_cov(new, old, advantages, algorithm, rng)
+        packed.put("selected", packed.in_slots(selected))
 
     def _metrics(
-        self, batches: list[PackedBatch], steps: list[tuple[Sums, dict[str, Array]]], episodes: int
+        self,
+        batches: list[PackedBatch],
+        steps: list[tuple[Sums, dict[str, Array]]],
+        trajectories: Sequence[Trajectory],
     ) -> dict[str, float]:
         counted = {
             "policy/tokens": float(sum(b.tokens for b in batches)),
             "policy/trained_tokens": float(sum(b.trained_tokens for b in batches)),
             "policy/trained_episodes": float(sum(b.samples for b in batches)),
-            "policy/episodes": float(episodes),
+            "policy/episodes": float(len(trajectories)),
+            "policy/overlong_filtered": float(sum(self._left_out(t) for t in trajectories)),
             "policy/padding_fraction": 1.0 - _ratio(sum(b.tokens for b in batches), sum(b.capacity for b in batches)),
             "policy/optimizer_steps": float(len(steps)),
             "policy/skipped_steps": float(sum(int(m["skipped"]) for _, m in steps)),
@@ -153,19 +215,20 @@ class Learner:
         total: Sums = {}
         for sums, _ in steps:
             total = add_sums(total, sums) if total else sums
-        tokens, on_policy = float(total["tokens"]), steps[0][0]
+        first = means({name: float(value) for name, value in steps[0][0].items()})
         weight = sum(b.total_weight for b in batches) * (len(steps) / len(batches))
-        return counted | {
-            "policy/loss": float(total["loss"]) / weight,
-            "policy/clip_frac": float(total["clip_frac"]) / tokens,
-            "policy/approx_kl": float(total["approx_kl"]) / tokens,
-            "policy/ratio_mean": float(total["ratio"]) / tokens,
-            "policy/entropy": float(total["entropy"]) / tokens,
-            "policy/logprob_diff": float(on_policy["logprob_diff"]) / float(on_policy["tokens"]),
-            "policy/logprob_diff_max": float(on_policy["logprob_diff_max"]),
-            "policy/grad_norm": float(np.mean([m["grad_norm"] for _, m in steps])),
-            "policy/lr": float(steps[-1][1]["lr"]),
-        }
+        out = {f"policy/{name}": value for name, value in means({k: float(v) for k, v in total.items()}).items()}
+        return (
+            counted
+            | out
+            | {
+                "policy/loss": float(total["loss"]) / weight,
+                "policy/logprob_diff": first["logprob_diff"],  # before the first step: rollout against learner alone
+                "policy/logprob_diff_max": first["logprob_diff_max"],
+                "policy/grad_norm": float(np.mean([m["grad_norm"] for _, m in steps])),
+                "policy/lr": float(steps[-1][1]["lr"]),
+            }
+        )
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -89,7 +89,8 @@ class Stepper:
         slots = NamedSharding(self.mesh, PartitionSpec(RULES["batch"]))
         self._batch_shardings = {
             **dict.fromkeys(("tokens", "positions", "segment_ids"), batch_sharding(self.mesh)),
-            **dict.fromkeys(("index", "targets", "old_logprobs", "advantages", "weights", "mask"), slots),
+            **dict.fromkeys(("index", "targets", "mask", "episodes", "selected"), slots),
+            **dict.fromkeys(("old_logprobs", "rollout_logprobs", "advantages", "weights"), slots),
             "count": everywhere,
         }
         self._init = jax.jit(self._optimizer.init, out_shardings=where.opt_state)

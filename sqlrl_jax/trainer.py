@@ -30,7 +30,8 @@ from sqlrl_jax.metrics import rollout_metrics
 from sqlrl_jax.model.hf import save_hf
 from sqlrl_jax.plan import plan_rows, warnings_for
 from sqlrl_jax.report import write_report
-from sqlrl_jax.rl.advantages import grpo
+from sqlrl_jax.rl.advantages import Rewards, advantage_metrics, load_estimator
+from sqlrl_jax.rl.rewards import final_rewards
 from sqlrl_jax.run import Decode, Run
 from sqlrl_jax.stop import Stopped, StopSignal
 from sqlrl_jax.weights import Pusher, PushError
@@ -65,6 +66,7 @@ class Trainer:
 
     def __init__(self, config: Config, run: Run, display: Display, stop: StopSignal, stack: ExitStack) -> None:
         self.config, self.run, self.display, self.stop = config, run, display, stop
+        self.estimator = load_estimator(config.trainer.algorithm.advantage_estimator)
         data = load_questions(config)
         train = without_bad_golds(data.train, config, run.dir / "dropped_questions.jsonl", display.print, run.log)
         self.data: Questions = replace(data, train=train)
@@ -118,10 +120,10 @@ class Trainer:
             raise UserError(
                 f"step {self.step + 1}: every prompt is longer than trainer.max_prompt_length = {trainer.max_prompt_length}"
             )
-        advantages = grpo(
-            np.array([e.reward for e in usable]), [e.task_id for e in usable], trainer.algorithm.grpo_norm_by_std
-        )
-        metrics = self.learner.update(usable, advantages)
+        rewards = final_rewards(usable, self.config)
+        batch = Rewards(rewards, [e.task_id for e in usable], np.array([sum(e.loss_mask) for e in usable]))
+        advantages = self.estimator(batch, trainer.algorithm)
+        metrics = self.learner.update(usable, advantages) | advantage_metrics(rewards, advantages)
         clock.lap("update")
         self.step += 1
         metrics |= self.push()

@@ -9,9 +9,11 @@ program to compile) and cutting an episode over two rows (its tail would not see
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -24,15 +26,17 @@ from sqlrl_jax.config import ConfigError
 class Sample:
     """One sequence to train on. All arrays have the length of `tokens`; the first token has no prediction to train.
 
-    `weights` are the tokens' shares in the loss, before division by the minibatch's total weight.
+    `weights` are the tokens' shares in the loss, before division by the sum of the minibatch's divisors; a sample's is
+    the sum of its weights unless `divisor` says otherwise.
     """
 
     name: str
     tokens: Int[np.ndarray, " n"]
     trained: Bool[np.ndarray, " n"]
-    old_logprobs: Float[np.ndarray, " n"]
+    rollout_logprobs: Float[np.ndarray, " n"]
     advantages: Float[np.ndarray, " n"]
     weights: Float[np.ndarray, " n"]
+    divisor: float | None = None
 
 
 # What a compiled step takes: rows [rows, row_tokens] and slots of trained tokens [shards, slots].
@@ -61,43 +65,90 @@ class PackedBatch:
 
     def per_sample(self, values: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Values of trained tokens, one [shards, slots] array a micro-batch, back to one array a sample."""
-        owner = np.concatenate([o.ravel() for o in self.owners]) if self.owners else np.zeros(0, int)
-        flat = np.concatenate([np.asarray(v).ravel() for v in values]) if self.owners else np.zeros(0)
-        order = np.argsort(owner, kind="stable")
-        owner, flat = owner[order], flat[order]
-        edges = np.searchsorted(owner, np.arange(self.samples + 1))
+        owner = self._flat_owners()
+        edges = np.searchsorted(owner[self._order()], np.arange(self.samples + 1))
+        flat = self.in_order(values)
         return [flat[a:b] for a, b in pairwise(edges)]
+
+    def in_order(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """The same as one flat array: sample by sample, token by token, however they were packed."""
+        flat = np.concatenate([np.asarray(v).ravel() for v in values]) if self.owners else np.zeros(0)
+        return flat[self._order()]
+
+    def in_slots(self, flat: np.ndarray) -> list[np.ndarray]:
+        """The inverse of `in_order`: one [shards, slots] array a micro-batch, zeros where padded."""
+        out = np.zeros(self._flat_owners().shape, flat.dtype)
+        out[self._order()] = flat
+        shapes = [o.shape for o in self.owners]
+        parts = np.split(out, np.cumsum([a * b for a, b in shapes])[:-1]) if shapes else []
+        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def put(self, name: str, values: Sequence[Any]) -> None:
+        """Adds to each micro-batch what became known only after packing: arrays [shards, slots], here or on devices."""
+        for arrays, part in zip(self.micro_batches, values, strict=True):
+            arrays[name] = part
+
+    def _flat_owners(self) -> np.ndarray:
+        return np.concatenate([o.ravel() for o in self.owners]) if self.owners else np.zeros(0, int)
+
+    def _order(self) -> np.ndarray:
+        """Used slots, flat over all micro-batches, in the order of their samples."""
+        owner = self._flat_owners()
+        return np.argsort(owner, kind="stable")[np.count_nonzero(owner < 0) :]
 
 
 def samples_of(
-    trajectories: Sequence[Trajectory], advantages: Sequence[float] | np.ndarray, loss_reduction: str
+    trajectories: Sequence[Trajectory],
+    advantages: Sequence[float | np.ndarray] | np.ndarray,
+    loss_reduction: str,
+    max_seq_len: int | None = None,
 ) -> list[Sample]:
-    """Episodes as training samples: the sampled tokens are trained, with the rollout's log-probabilities as old.
+    """A minibatch of episodes as training samples: the sampled tokens are trained.
 
-    Weights make the reduction: token_mean gives each trained token 1, sequence_mean 1 / (trained tokens of its episode).
+    An advantage is one number an episode or one number a sampled token. Weights make the reduction, which divides by the
+    number of what it is a mean over: token_mean gives each token 1, sequence_mean 1 / (tokens of its episode),
+    prompt_mean 1 / (tokens of all episodes of its question), seq_mean_token_sum_norm 1 / max_seq_len.
     """
     if len(trajectories) != len(advantages):
         raise ValueError(f"{len(advantages)} advantages for {len(trajectories)} trajectories: expected one each")
+    tokens_of: Counter[str] = Counter()
+    for trajectory in trajectories:
+        tokens_of[trajectory.task_id] += sum(trajectory.loss_mask)
     out = []
     for trajectory, advantage in zip(trajectories, advantages, strict=True):
-        _check(trajectory)
-        prompt = len(trajectory.prompt_ids)
-        tokens = np.asarray([*trajectory.prompt_ids, *trajectory.response_ids], np.int32)
-        trained, old = np.zeros(len(tokens), bool), np.zeros(len(tokens), np.float32)
-        trained[prompt:] = np.asarray(trajectory.loss_mask, bool)
-        old[prompt:] = trajectory.logprobs
-        weight = 1.0 if loss_reduction == "token_mean" else 1.0 / max(int(trained.sum()), 1)
-        out.append(
-            Sample(
-                name=f"task {trajectory.task_id} sample {trajectory.sample}",
-                tokens=tokens,
-                trained=trained,
-                old_logprobs=old,
-                advantages=np.full(len(tokens), advantage, np.float32),
-                weights=np.where(trained, np.float32(weight), np.float32(0.0)),
-            )
-        )
+        length, divisor = sum(trajectory.loss_mask), None
+        if loss_reduction == "token_mean":
+            weight = 1.0
+        elif loss_reduction == "sequence_mean":
+            weight = 1.0 / max(length, 1)
+        elif loss_reduction == "prompt_mean":
+            weight = 1.0 / max(tokens_of[trajectory.task_id], 1)
+        elif loss_reduction == "seq_mean_token_sum_norm" and max_seq_len:
+            weight, divisor = 1.0 / max_seq_len, float(length > 0)
+        else:
+            raise ValueError(f"no loss reduction {loss_reduction!r} with max_seq_len {max_seq_len}")
+        out.append(_sample(trajectory, advantage, weight, divisor))
     return out
+
+
+def _sample(trajectory: Trajectory, advantage: float | np.ndarray, weight: float, divisor: float | None) -> Sample:
+    _check(trajectory)
+    prompt = len(trajectory.prompt_ids)
+    tokens = np.asarray([*trajectory.prompt_ids, *trajectory.response_ids], np.int32)
+    trained, rollout = np.zeros(len(tokens), bool), np.zeros(len(tokens), np.float32)
+    trained[prompt:] = np.asarray(trajectory.loss_mask, bool)
+    rollout[prompt:] = trajectory.logprobs
+    spread = np.zeros(len(tokens), np.float32)
+    spread[trained] = advantage
+    return Sample(
+        name=f"task {trajectory.task_id} sample {trajectory.sample}",
+        tokens=tokens,
+        trained=trained,
+        rollout_logprobs=rollout,
+        advantages=spread,
+        weights=np.where(trained, np.float32(weight), np.float32(0.0)),
+        divisor=divisor,
+    )
 
 
 def _check(trajectory: Trajectory) -> None:
@@ -167,12 +218,18 @@ def pack(
     return PackedBatch(
         micro_batches=micro_batches,
         owners=owners,
-        total_weight=float(sum(m["weights"].sum(dtype=np.float64) for m in micro_batches)),
+        total_weight=float(sum(_divisor(s) for s in samples)),
         samples=len(samples),
         tokens=sum(len(s.tokens) for s in samples),
         trained_tokens=sum(int(m["mask"].sum()) for m in micro_batches),
         capacity=len(micro_batches) * rows_per_micro_batch * row_tokens,
     )
+
+
+def _divisor(sample: Sample) -> float:
+    if sample.divisor is not None:
+        return sample.divisor
+    return float(sample.weights[1:][sample.trained[1:]].sum(dtype=np.float64))
 
 
 def _trained_count(sample: Sample) -> int:
@@ -205,14 +262,16 @@ def _fill(
     flat: Arrays = {
         "index": np.zeros((shards, slots), np.int32),
         "targets": np.zeros((shards, slots), np.int32),
-        "old_logprobs": np.zeros((shards, slots), np.float32),
+        "rollout_logprobs": np.zeros((shards, slots), np.float32),
         "advantages": np.zeros((shards, slots), np.float32),
         "weights": np.zeros((shards, slots), np.float32),
         "mask": np.zeros((shards, slots), bool),
+        "episodes": np.zeros((shards, slots), np.int32),
     }
     owner = np.full((shards, slots), -1, np.int32)
     used = [0] * shards
     for shard, shard_rows in enumerate(part):
+        episode = 0
         for r, row in enumerate(shard_rows):
             start = 0
             for segment, i in enumerate(row, start=1):
@@ -226,10 +285,12 @@ def _fill(
                 to = (shard, slice(used[shard], used[shard] + len(at)))
                 flat["index"][to] = r * row_tokens + start + at - 1
                 flat["targets"][to] = sample.tokens[at]
-                for name in ("old_logprobs", "advantages", "weights"):
+                for name in ("rollout_logprobs", "advantages", "weights"):
                     flat[name][to] = getattr(sample, name)[at]
                 flat["mask"][to] = True
+                flat["episodes"][to] = episode
                 owner[to] = i
+                episode += 1
                 used[shard] += len(at)
                 start += n
     return rows | flat | {"count": np.asarray(max(used), np.int32)}, owner

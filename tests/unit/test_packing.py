@@ -62,7 +62,7 @@ def test_every_token_once_and_every_prediction_from_the_token_before(
                 token = positions[shard, place] + 1  # the position of the token that is predicted
                 assert segments[shard, place] == segments[shard, place + 1] > 0
                 assert rows[shard, place + 1] == arrays["targets"][shard, slot] == sample.tokens[token]
-                assert arrays["old_logprobs"][shard, slot] == sample.old_logprobs[token]
+                assert arrays["rollout_logprobs"][shard, slot] == sample.rollout_logprobs[token]
                 assert arrays["advantages"][shard, slot] == owner[shard, slot] + 1
                 found.append((int(owner[shard, slot]), int(token)))
     assert sorted(seen) == sorted(tuple(s.tokens) for s in samples)
@@ -75,10 +75,10 @@ def test_every_token_once_and_every_prediction_from_the_token_before(
 @given(EPISODES)
 def test_per_sample_is_the_inverse(episodes: list[tuple[int, list[int]]]) -> None:
     samples, packed = make(episodes, 2)
-    back = packed.per_sample([m["old_logprobs"] for m in packed.micro_batches])
+    back = packed.per_sample([m["rollout_logprobs"] for m in packed.micro_batches])
     assert len(back) == len(samples)
     for got, sample in zip(back, samples, strict=True):
-        np.testing.assert_array_equal(got, sample.old_logprobs[sample.trained])
+        np.testing.assert_array_equal(got, sample.rollout_logprobs[sample.trained])
 
 
 @given(st.lists(st.integers(1, 64), max_size=60))

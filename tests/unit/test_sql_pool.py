@@ -251,7 +251,7 @@ def test_an_interrupted_caller_leaves_the_pool_in_order(root: Path, monkeypatch:
 
 
 def test_no_query_is_lost_in_a_crowd(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Callers come back for the next batch at the moment when another thread answers their last query."""
+    """Also where callers give back what their worker hasn't begun, and lead for one another, all the time."""
     monkeypatch.setattr("rollout.sql.pool.PATIENCE_SECONDS", 0.0)  # everyone gives back all the time
     with Executor(root, timeout=30, workers=3) as executor, ThreadPoolExecutor(12) as pool:
 

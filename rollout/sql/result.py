@@ -63,8 +63,6 @@ class Result:
         """The same verdict and the same content; the time it took doesn't matter."""
         return isinstance(other, Result) and self._content() == other._content()
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __repr__(self) -> str:
         names = ("status", "columns", "rows", "truncated", "observation", "error", "seconds")
         return f"Result({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"

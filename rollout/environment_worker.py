@@ -46,6 +46,7 @@ class Worker:
         self._config = Config.model_validate_json(config_json)
         self._name = self._config.environment.env_class
         self._alive: dict[int, Environment] = {}
+        self._process = os.getpid()
 
     def answer(self, method: str, *arguments: Any) -> Frame:
         try:
@@ -59,6 +60,8 @@ class Worker:
             traceback.print_exc()
             return ("failed", _reason(error))
         finally:
+            if os.getpid() != self._process:
+                os._exit(0)  # an environment forked; two must not answer
             _, hard = resource.getrlimit(resource.RLIMIT_CPU)
             resource.setrlimit(resource.RLIMIT_CPU, (hard, hard))
             sys.stdout.flush()
@@ -133,7 +136,7 @@ def checked_step(result: object, method: str) -> Frame:
         outcome = "correct" if reward > 0 else "wrong"
     if not isinstance(result.metrics, Mapping):
         raise BadResult(f"metrics {_shown(result.metrics)}: expected a dict of numbers by name")
-    metrics = {str(name): _number(value, f"metric {name}") for name, value in result.metrics.items()}
+    metrics = {_sendable(str(name)): _number(value, f"metric {name}") for name, value in result.metrics.items()}
     shown = None if observation is None else _sendable(observation)
     return (shown, reward, done, str(outcome), _checked_turn(result.turn), metrics)
 
@@ -148,7 +151,11 @@ def _checked_turn(turn: object) -> tuple[str, ...] | None:
 
 def _number(value: object, name: str) -> float:
     """A finite float; numpy's and JAX's numbers count too, text does not."""
-    if isinstance(value, SupportsFloat) and math.isfinite(number := float(value)):
+    try:
+        number = float(value) if isinstance(value, SupportsFloat) else math.nan
+    except (ArithmeticError, TypeError, ValueError):  # too large an integer, an array
+        number = math.nan
+    if math.isfinite(number):
         return number
     raise BadResult(f"{name} {_shown(value)}: expected a finite number")
 
@@ -169,7 +176,8 @@ def _reason(error: BaseException) -> str:
         return str(error)
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename) != Path(__file__)] or frames
-    text = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+    lines = "".join(traceback.format_exception_only(error)).splitlines()
+    text = next(line for line in lines if not line.startswith(" "))  # a SyntaxError shows the place first
     return f"{text} ({Path(own[-1].filename).name}, line {own[-1].lineno}, in {own[-1].name})"
 
 

@@ -83,7 +83,12 @@ class Game(Environment):
     def shared_calls(self): return StepResult(str(self.shared["calls"]))
     def where(self): return StepResult(os.getcwd())
     def process(self): return StepResult(str(os.getpid()))
-    def half(self): return StepResult("\\ud800 half")
+    def half(self): return StepResult("\\ud800 half", metrics={"\\ud800": 1})
+    def forks(self): os.fork()
+    def tells(self):
+        error = ValueError("first line\\nsecond line")
+        error.add_note("and a note")
+        raise error
     def endless(self): return StepResult("x" * 50_000_000)
 
 class Plain:
@@ -164,6 +169,7 @@ def test_the_service_never_imports_the_users_module(start: Callable[..., Environ
     ("action", "message"),
     [
         ("fails", r"step of task 'q7', turn 4: KeyError: 'number' \(own_game\.py, line \d+, in fails\)"),
+        ("tells", r"step of task 'q7', turn 4: ValueError: first line \(own_game\.py, line \d+, in tells\)"),
         ("leaves", r"step of task 'q7', turn 4: SystemExit: goodbye"),
         ("exits", r"step of task 'q7', turn 4: its worker process ended with exit status 3"),
         ("crashes", r"step of task 'q7', turn 4: its worker process ended with signal SIGSEGV"),
@@ -297,12 +303,20 @@ def _frame(content: tuple[Any, ...]) -> bytes:
     return frame(content)
 
 
+def test_a_process_that_forks_answers_once(start: Callable[..., Environment]) -> None:
+    game = start()
+    assert game.step("forks", 1).observation == "went on"
+    for turn in range(2, 6):
+        assert game.step(f"turn {turn}", turn).metrics == {"environment/calls": turn}
+
+
 def test_paths_are_the_services(start: Callable[..., Environment]) -> None:
     assert start().step("where", 1).observation == os.getcwd()
 
 
 def test_text_that_cannot_be_sent_is_mended(start: Callable[..., Environment]) -> None:
-    assert start().step("half", 1).observation == "? half"
+    half = start().step("half", 1)
+    assert (half.observation, half.metrics) == ("? half", {"environment/?": 1.0})
     assert start().step("endless", 1).observation == "x" * MAX_TEXT_CHARS
 
 
@@ -357,6 +371,7 @@ class Odd:
         (("text", 1.0), "expected a StepResult"),
         (StepResult("x", float("nan")), r"reward nan \(float\): expected a finite number"),
         (StepResult("x", float("inf")), "reward inf"),
+        (StepResult("x", 10**400), "reward 1000"),
         (StepResult("x", "1"), "reward '1'"),  # type: ignore[arg-type]
         (StepResult("x", None), "reward None"),  # type: ignore[arg-type]
         (StepResult(), "neither an observation nor done=True"),

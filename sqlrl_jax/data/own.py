@@ -8,7 +8,6 @@ Left out: checking that the SQL runs (`launch.py prepare --check`).
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Collection, Sequence
@@ -24,22 +23,29 @@ from sqlrl_jax.data.tasks import DataError, write_tasks
 MARKER = "prepared.json"
 FORMAT = 1
 FILES = ("questions.jsonl", "train.jsonl", "validation.jsonl")
-YAML_PLAIN = re.compile(r"[\w./][\w./ -]*")
 GROWTH = 2
 """A database of CSV files takes up to this many times their size."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What was written. `settings` are keys and values as the command line takes them; `notes` are for the person."""
+    """What was written; `notes` are for the person."""
 
     out: Path
     databases: tuple[str, ...]
     questions: int
     train: int
     validation: int
-    settings: dict[str, str]
     notes: tuple[str, ...]
+
+    @property
+    def settings(self) -> dict[str, str | list[str]]:
+        """What the configuration needs to use it; without validation questions the training ones are measured on."""
+        return {
+            "data.train_data": [str(self.out / "train.jsonl")],
+            "data.val_data": [str(self.out / ("validation.jsonl" if self.validation else "train.jsonl"))],
+            "environment.text2sql.database_root": str(self.out / "databases"),
+        }
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ def prepare_own(
     """
     databases, questions, out = Path(databases), Path(questions), Path(out)
     if not 0 <= valid < 1:
-        raise DataError(f"the share for validation is {valid}; expected 0 or more and less than 1")
+        raise DataError(f"--valid {valid}: expected the share for validation, 0 or more and less than 1")
     earlier = _earlier(out)
     originals = find_databases(databases, questions)
     _keep_apart(originals, questions, out)
@@ -96,9 +102,7 @@ def prepare_own(
     if unused:
         shown = ", ".join(unused[:5]) + (" …" if len(unused) > 5 else "")
         notes.append(f"{len(unused)} of {len(db_ids)} databases have no question: {shown}")
-    return Prepared(
-        out, tuple(db_ids), len(tasks), len(train), len(validation), _settings(out, bool(validation)), tuple(notes)
-    )
+    return Prepared(out, tuple(db_ids), len(tasks), len(train), len(validation), tuple(notes))
 
 
 def _needed(originals: Sequence[Original], out: Path) -> int:
@@ -106,20 +110,6 @@ def _needed(originals: Sequence[Original], out: Path) -> int:
     sizes = [o.size * (GROWTH if o.kind == "csv" else 1) for o in originals]
     earlier = sum(p.stat().st_size for p in (out / "databases").rglob("*") if p.is_file())
     return max(sum(sizes) - earlier, max(sizes))
-
-
-def _settings(out: Path, validation: bool) -> dict[str, str]:
-    """What to give to `launch.py` as key=value."""
-
-    def value(name: str) -> str:
-        text = str(out / name)
-        return text if YAML_PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
-
-    return {
-        "data.train_data": f"[{value('train.jsonl')}]",
-        "data.val_data": f"[{value('validation.jsonl' if validation else 'train.jsonl')}]",
-        "environment.text2sql.database_root": value("databases"),
-    }
 
 
 def _write_databases(
@@ -149,7 +139,7 @@ def _earlier(out: Path) -> list[str]:
     try:
         marker = _Marker(**json.loads((out / MARKER).read_text(encoding="utf-8")))
         if marker.prepared == "own":
-            return [name for name in marker.databases if Path(name).name == name]
+            return [name for name in marker.databases if Path(name).name == name not in ("", "..")]
     except (OSError, ValueError, TypeError):
         marker = None
     raise DataError(f"{out}: exists and was not written by this command; choose a new folder")

@@ -103,7 +103,9 @@ def _need(request: Request, what: str, **meanings: str) -> None:
 
 def _check(request: Request) -> int:
     _refuse(
-        request, "--check tries the gold queries of --questions", ("sets", "data", "download", "skip_bad", "sample")
+        request,
+        "--check tries the gold queries of --questions",
+        ("sets", "data", "download", "skip_bad", "sample", *OWN),
     )
     _need(request, "--check", questions="JSON lines or a parquet file of SkyRL-SQL")
     from sqlrl_jax.config_file import load, override
@@ -143,7 +145,7 @@ def _own(request: Request) -> int:
     console.print(f"{done.out}: {found}, {done.train:,} for training, {done.validation:,} for validation", markup=False)
     for note in done.notes:
         console.print(f"  note: {note}", style="yellow", markup=False)
-    words = [shlex.quote(f"{key}={value}") for key, value in done.settings.items()]
+    words = [argument(key, value) for key, value in done.settings.items()]
     console.print(settings_text(words, train=True), markup=False)
     return 0
 
@@ -181,14 +183,14 @@ def _sets(request: Request) -> int:
     for one in done:
         _tell(one, console)
     words = [
-        _setting(key, files)
+        argument(key, files)
         for key, files in (
-            ("data.train_data", [one.file for one in done if one.source.split == "train"]),
-            ("data.val_data", [one.file for one in done if one.source.split != "train"]),
+            ("data.train_data", [str(one.file) for one in done if one.source.split == "train"]),
+            ("data.val_data", [str(one.file) for one in done if one.source.split != "train"]),
         )
         if files
     ]
-    words.append(_setting("environment.text2sql.database_root", str(root)))
+    words.append(argument("environment.text2sql.database_root", str(root)))
     console.print(settings_text(words, train=any(one.source.split == "train" for one in done)), markup=False)
     return 0
 
@@ -280,12 +282,11 @@ def settings_text(words: list[str], train: bool) -> str:
     return f"\nTo {use} them, from this folder:\n\n  {command}"
 
 
-def _setting(key: str, value: str | list[Path]) -> str:
+def argument(key: str, value: str | list[str]) -> str:
     """`key=value` as a shell word that the configuration reads back as it is."""
-    plain = [str(path) for path in value] if isinstance(value, list) else value
-    text = "[" + ",".join(plain) + "]" if isinstance(plain, list) else plain
+    text = "[" + ",".join(value) + "]" if isinstance(value, list) else value
     try:
-        as_it_is = yaml.safe_load(text) == plain
+        as_it_is = yaml.safe_load(text) == value
     except yaml.YAMLError:
         as_it_is = False
-    return shlex.quote(f"{key}={text if as_it_is else json.dumps(plain)}")
+    return shlex.quote(f"{key}={text if as_it_is else json.dumps(value, ensure_ascii=False)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 import shutil
 import sqlite3
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from sqlrl_jax.config_file import load
 from sqlrl_jax.data import own_databases
 from sqlrl_jax.data.own import Prepared, prepare_own
 from sqlrl_jax.data.own_databases import find_databases
+from sqlrl_jax.data.prepare import argument
 from sqlrl_jax.data.tasks import DataError, read_tasks
 
 # ----------------------------------------------------------------------------------------------------------- databases
@@ -191,7 +193,7 @@ def test_a_folder_of_csv_files_becomes_a_database_that_answers(tmp_path: Path, s
     with Executor(tmp_path / "out" / "databases", timeout=5, workers=1) as executor:
         rows = [executor.run(task.fields["db_id"], task.fields["gold_sql"]).rows for task in tasks]
     assert [list(map(list, r)) for r in rows] == [[[2]], [["Ann"]], [[3.0]]]
-    config = load(None, [f"{key}={value}" for key, value in prepared.settings.items()])
+    config = load(None, [shlex.split(argument(key, value))[0] for key, value in prepared.settings.items()])
     parts = [read_tasks(path) for path in (*config.data.train_data, *config.data.val_data)]
     assert sorted(t.id for part in parts for t in part) == [t.id for t in tasks]
     assert config.environment.text2sql.database_root == str(tmp_path / "out" / "databases")
@@ -211,7 +213,7 @@ def test_questions_may_lie_among_the_data(tmp_path: Path, shop: Path) -> None:
 def test_settings_survive_odd_paths(tmp_path: Path, shop: Path) -> None:
     out = tmp_path / "a, b: [c] 'd'"
     prepared = prepare_own(shop, questions_file(tmp_path / "q.csv", SHOP), out)
-    config = load(None, [f"{key}={value}" for key, value in prepared.settings.items()])
+    config = load(None, [shlex.split(argument(key, value))[0] for key, value in prepared.settings.items()])
     assert config.data.train_data == (str(out / "train.jsonl"),)
     assert config.environment.text2sql.database_root == str(out / "databases")
 
@@ -264,7 +266,7 @@ def test_a_new_call_takes_away_what_the_last_one_left(tmp_path: Path, shop: Path
     (tmp_path / "out" / "notes.txt").write_text("mine")
     prepared = prepare(tmp_path, shop, SHOP, valid=0)
     assert prepared.validation == 0
-    assert prepared.settings["data.val_data"] == f"[{tmp_path / 'out' / 'train.jsonl'}]"
+    assert prepared.settings["data.val_data"] == [str(tmp_path / "out" / "train.jsonl")]
     assert sorted(tree(tmp_path / "out")) == [
         "databases/shop/shop.sqlite",
         "notes.txt",

@@ -309,6 +309,7 @@ def test_files_that_are_no_json(content: bytes, said: str, root: Path, tmp_path:
         ("own --questions q --databases d --out x --download", "does not go with --download"),
         ("--check", "--check needs --questions"),
         ("--check --questions q --skip-bad", "does not go with --skip-bad"),
+        ("--check --questions q --valid 0.2", "does not go with --valid"),
         ("spider-dev --check --questions q", "does not go with set 'spider-dev'"),
         ("--list --data x", "does not go with --data"),
     ],

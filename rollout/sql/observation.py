@@ -1,8 +1,8 @@
 """What the model reads after a query: a small text table or one line that says what went wrong.
 
 One line of column names, one line a row, cells between ` | `. Everything a database can hold is shown on one line without
-control characters (but for the tab); whatever looks like one of our tags or a chat template's special token is disarmed, so that a cell
-can neither close the observation nor start a turn. The text is never longer than it may be.
+control characters (but for the tab); whatever looks like one of our tags or a chat template's special token is disarmed,
+so that a cell can neither close the observation nor start a turn. The text is never longer than it may be.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import io
 import os
 import shlex
 import sys
@@ -287,6 +288,8 @@ def _server_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str]) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without the letter shows a question mark
     args = _parse(argv)
     from rollout.errors import UserError
 

@@ -21,7 +21,7 @@ from urllib.parse import quote
 from sqlrl_jax.data.csv_tables import build_database
 from sqlrl_jax.data.csv_text import SUFFIXES as CSV_SUFFIXES
 from sqlrl_jax.data.progress import Progress, silent
-from sqlrl_jax.data.tasks import DataError
+from sqlrl_jax.data.tasks import DataError, is_name
 
 SQLITE_SUFFIXES = (".sqlite", ".db", ".sqlite3")
 MAGIC = b"SQLite format 3\0"
@@ -53,8 +53,14 @@ def find_databases(path: Path, questions: Path | None = None) -> list[Original]:
     """
     if not path.exists():
         raise DataError(f"{path}: no such file or folder of databases")
-    if path.is_file():
-        return [_single(path)]
+    found = [_single(path)] if path.is_file() else _in_folder(path, questions)
+    for original in found:
+        if not is_name(original.db_id):
+            raise DataError(f"{path}: {original.db_id!r} can't be a database's name; rename the file or folder")
+    return found
+
+
+def _in_folder(path: Path, questions: Path | None) -> list[Original]:
     here = _inside(path, questions)
     sqlite_files = [p for p in here if _is_sqlite(p)]
     tables = [p for p in here if _is_csv(p)]

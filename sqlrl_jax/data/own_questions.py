@@ -16,7 +16,7 @@ from rollout.types import Task
 from sqlrl_jax.data.csv_text import SUFFIXES as CSV_SUFFIXES
 from sqlrl_jax.data.csv_text import open_csv
 from sqlrl_jax.data.sources_json import json_rows
-from sqlrl_jax.data.tasks import DataError, check_text, json_lines
+from sqlrl_jax.data.tasks import DataError, check_text, is_name, json_lines
 
 NAMES: dict[str, tuple[str, ...]] = {
     "question": ("question", "nl_question", "natural_language_question", "utterance", "nl"),
@@ -128,6 +128,8 @@ def _rows(path: Path, encoding: str | None) -> Iterator[tuple[int, str, Row]]:
     suffix = path.suffix.lower()
     if not path.is_file():
         raise DataError(f"{path}: no such file of questions")
+    if not is_name(path.stem):
+        raise DataError(f"{path}: {path.stem!r} can't be part of the questions' ids; rename the file")
     if suffix in CSV_SUFFIXES:
         file = open_csv(path, encoding)
         doubled = {name for name in file.header if file.header.count(name) > 1}

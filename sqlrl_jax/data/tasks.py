@@ -145,3 +145,8 @@ def check_text(value: Any, name: str, where: str, empty: bool = False) -> str:
     if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
         raise DataError(f"{where}: field {name}: holds half of a surrogate pair, which is not a character")
     return value
+
+
+def is_name(text: str) -> bool:
+    """Whether a file's name can stand in other files: no control characters, no bytes that are not UTF-8."""
+    return not any(c < " " or c == "\x7f" or "\ud800" <= c <= "\udfff" for c in text)

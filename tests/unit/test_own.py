@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shlex
 import shutil
 import sqlite3
@@ -218,6 +219,17 @@ def test_settings_survive_odd_paths(tmp_path: Path, shop: Path) -> None:
     assert config.environment.text2sql.database_root == str(out / "databases")
 
 
+def test_names_that_are_no_text_are_refused(tmp_path: Path, shop: Path) -> None:
+    asked = questions_file(tmp_path / "q.csv", SHOP)
+    for name in (os.fsdecode(b"l\xe4den"), "two\nlines"):
+        with pytest.raises(DataError, match="can't be a database's name"):
+            prepare_own(shop.rename(tmp_path / name), asked, tmp_path / "out")
+        (tmp_path / name).rename(shop)
+        with pytest.raises(DataError, match="can't be part of the questions' ids"):
+            prepare_own(shop, questions_file(tmp_path / f"{name}.csv", SHOP), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_twice_gives_the_same_bytes(tmp_path: Path, shop: Path) -> None:
     dbs = tmp_path / "dbs"
     sqlite_file(dbs / "plain.db")
@@ -293,7 +305,7 @@ class Usage(NamedTuple):
 
 def test_room_and_share_are_checked_first(tmp_path: Path, shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for share in (1.0, -0.1):
-        with pytest.raises(DataError, match="share for validation"):
+        with pytest.raises(DataError, match="--valid"):
             prepare(tmp_path, shop, SHOP, valid=share)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(100, 100, 10))
     with pytest.raises(UserError, match="copying the databases needs"):

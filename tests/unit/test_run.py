@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,14 @@ def test_a_full_disk_behind_the_output_is_said():
         command = [sys.executable, "launch.py", "config"]
         result = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
     assert result.stderr == "error: output: No space left on device\n"
+
+
+def test_a_terminal_without_the_letter_is_no_error():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "launch.py", "prepare", "--help"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "SET [SET ?]" in result.stdout
 
 
 def test_config_prints_meaning_and_changes():

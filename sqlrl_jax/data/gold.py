@@ -304,7 +304,8 @@ def _counts(problems: Sequence[GoldProblem]) -> str:
 
 def _write(path: Path, problems: Sequence[GoldProblem]) -> None:
     with replacing(path) as part:
-        part.write_text("".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in problems), encoding="utf-8")
+        lines = (json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in problems)
+        part.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
 
 
 def _short(text: str) -> str:

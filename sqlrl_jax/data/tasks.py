@@ -113,7 +113,11 @@ def _task(row: dict[str, Any], where: str, default_source: str, required: Sequen
 def write_tasks(path: str | Path, tasks: Iterable[Task]) -> int:
     """Writes what read_tasks reads, and returns how many; the same tasks give the same bytes."""
     count = 0
-    with replacing(Path(path)) as part, part.open("w", encoding="utf-8", newline="\n") as file:
+    # Half of a surrogate pair in a field that nobody checks is written as JSON escapes it, which is Python's way too.
+    with (
+        replacing(Path(path)) as part,
+        part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file,
+    ):
         for task in tasks:
             count += 1
             file.write(json.dumps({"id": task.id, "source": task.source, **task.fields}, ensure_ascii=False) + "\n")

@@ -45,7 +45,13 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[s
     assert read_tasks(path) == tasks
 
 
-def _without(extra: dict[str, int], names: set[str]) -> dict[str, int]:
+def test_half_a_character_in_a_field_of_ones_own_is_kept(tmp_path: Path) -> None:
+    tasks = [Task("a", "s", {**_without(GOOD, {"id"}), "note": "\ud83d ä"})]
+    write_tasks(tmp_path / "t.jsonl", tasks)
+    assert read_tasks(tmp_path / "t.jsonl") == tasks
+
+
+def _without(extra: dict[str, Any], names: set[str]) -> dict[str, Any]:
     return {name: value for name, value in extra.items() if name not in names}
 
 

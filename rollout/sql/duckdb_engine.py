@@ -16,7 +16,7 @@ from typing import NamedTuple
 import duckdb
 
 from rollout.sql import guard, observation
-from rollout.sql.duckdb_guard import Deadline, Denied, Guard, connect, literal
+from rollout.sql.duckdb_guard import Deadline, Denied, Guard, connect, identifier, literal
 from rollout.sql.engines import COUNTED_ROWS, MAX_RESULT_BYTES, MAX_RESULT_ROWS, SHOWN_BYTES, Engine, Reply
 from rollout.sql.observation import Cell
 from rollout.sql.sqlite_engine import BrokenDatabase, TooLarge
@@ -97,10 +97,9 @@ class DuckDBEngine(Engine):
             raise BrokenDatabase(f"database {path} has unfinished changes in .wal; open and close it once with duckdb")
         name = os.path.basename(path).removesuffix(SUFFIX)
         name = "database" if name.lower() in OWN_NAMES else name
-        quoted = '"' + name.replace('"', '""') + '"'
         try:
-            self._connection.execute(f"ATTACH {literal(path)} AS {quoted} (TYPE duckdb, READ_ONLY)")
-            self._connection.execute(f"USE {quoted}")
+            self._connection.execute(f"ATTACH {literal(path)} AS {identifier(name)} (TYPE duckdb, READ_ONLY)")
+            self._connection.execute(f"USE {identifier(name)}")
         except duckdb.Error as error:
             raise BrokenDatabase(f"database {path} can't be read: {_message(error)}") from None
         self._attached = attached
@@ -111,8 +110,7 @@ class DuckDBEngine(Engine):
         names = self._connection.execute("SELECT database_name FROM duckdb_databases() WHERE NOT internal").fetchall()
         for (name,) in names:
             if name != "memory":
-                quoted = '"' + name.replace('"', '""') + '"'
-                self._connection.execute(f"DETACH {quoted}")
+                self._connection.execute(f"DETACH {identifier(name)}")
 
     def _fetch(self, sql: str, whole: bool) -> Shown:
         """Runs the query; a part of the result that isn't fetched goes when the next query begins."""
@@ -177,8 +175,8 @@ class DuckDBEngine(Engine):
             self._attach(path)
             tables = "SELECT schema_name, table_name FROM duckdb_tables() WHERE database_name = current_database()"
             for names in self._connection.execute(tables).fetchall():
-                quoted = ".".join('"' + name.replace('"', '""') + '"' for name in names)
-                self._connection.execute(f"SELECT count(COLUMNS(*)) FROM {quoted}").fetchall()
+                table = ".".join(map(identifier, names))
+                self._connection.execute(f"SELECT count(COLUMNS(*)) FROM {table}").fetchall()
         except BrokenDatabase as error:
             return str(error)
         except duckdb.Error as error:

@@ -96,6 +96,10 @@ def literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
+def identifier(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
 class Guard:
     """Judges statements, with an inventory of DuckDB's own functions and views."""
 

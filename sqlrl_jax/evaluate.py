@@ -174,7 +174,7 @@ def _show(display: Display, title: str, episodes: list[Trajectory], markdown: bo
     metrics = eval_metrics(episodes)
     header, rows = set_rows(metrics)
     if markdown:
-        display.print(Text(f"{title}:\n\n{as_markdown(header, rows)}\n"))
+        display.print(Text(f"\n{title}:\n\n{as_markdown(header, rows)}\n"))
     else:
         display.print(as_text(title, header, rows))
     display.print(habits(metrics))

@@ -41,8 +41,7 @@ class Run:
         self.export = self.dir / "export"
         self.log_file = self.dir / "log.txt"
         resuming = config.trainer.resume_mode == "latest"
-        # One that ended before its first line of metrics, over a mistyped name say, left nothing to go on from.
-        if self.metrics_file.exists() and self.metrics_file.stat().st_size and not resuming:
+        if self._begun() and not resuming:
             raise RunError(
                 f"{self.dir} already holds a run. Go on with it: trainer.resume_mode=latest; "
                 f"or start another: trainer.run_dir=FOLDER (or delete this one)"
@@ -55,6 +54,11 @@ class Run:
             self._log: IO[str] = self.log_file.open("a", encoding="utf-8")
         except OSError as error:
             raise RunError(f"run folder {self.dir}: {error.strerror or error}") from None
+
+    def _begun(self) -> bool:
+        """Whether there is something to go on from; a start that ended at once, over a mistyped name say, left nothing."""
+        metrics = self.metrics_file.exists() and self.metrics_file.stat().st_size > 0
+        return metrics or any(path.name.isdecimal() for path in self.checkpoints.glob("*"))
 
     def forget_after(self, step: int) -> None:
         """Drops metrics and trajectories of later steps: they are about to be made again. -1 drops all."""

@@ -27,6 +27,9 @@ def test_a_start_that_came_to_nothing_is_no_run(tmp_path):
     again = Run(make(tmp_path))
     assert again.epoch == 2
     again.close()
+    (again.checkpoints / "0").mkdir(parents=True)  # Ctrl-C before the first step
+    with pytest.raises(RunError, match="already holds a run"):
+        Run(make(tmp_path))
 
 
 def test_a_second_start_is_refused_and_says_how_to_go_on(tmp_path):

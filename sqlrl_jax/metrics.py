@@ -131,13 +131,9 @@ def _set_metrics(groups: Sequence[Sequence[Trajectory]], samples: int, gradings:
 
 
 def _verdicts(group: Sequence[Trajectory], name: str) -> list[float]:
-    """What a grading says of a question's episodes: those without an answer did not pass, those that the environment
-    has no means to grade (a test suite without this database) are left out."""
-    return [e.metrics.get(name, 0.0) for e in group if name in e.metrics or not _answered(e)]
-
-
-def _answered(episode: Trajectory) -> bool:
-    return bool(episode.turns) and episode.turns[-1].status == "solution"
+    """What a grading says of a question's episodes, answered or not. Those of which the environment says other things
+    alone can't be graded (a test suite without this database); where it says nothing (a prompt too long), none passed."""
+    return [e.metrics.get(name, 0.0) for e in group if name in e.metrics or "sql/queries" not in e.metrics]
 
 
 def _gradings(episodes: Iterable[Trajectory]) -> list[str]:

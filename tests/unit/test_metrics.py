@@ -101,10 +101,12 @@ def test_no_vote_where_answers_are_not_told():
 
 
 def test_gradings_besides_the_reward():
-    right, wrong, silent, uncovered = (episode(name, 0, "wrong") for name in "abcd")
-    right.metrics, wrong.metrics = {"grade/bird_set": 1.0}, {"grade/bird_set": 0.0}
-    silent.turns = []  # never answered: not passed
-    m = eval_metrics([right, wrong, silent, uncovered])
+    right, wrong, silent, uncovered, unanswered = (episode(name, 0, "wrong") for name in "abcde")
+    right.metrics, wrong.metrics = ({"sql/queries": 1.0, "grade/bird_set": grade} for grade in (1.0, 0.0))
+    silent.turns = []  # a prompt that was too long: not passed
+    uncovered.metrics = unanswered.metrics = {"sql/queries": 1.0}  # can't be graded, whatever the model did
+    unanswered.turns = []
+    m = eval_metrics([right, wrong, silent, uncovered, unanswered])
     assert m["eval/all/grade/bird_set"] == pytest.approx(1 / 3)
     assert m["eval/all/graded/bird_set"] == 3.0
 

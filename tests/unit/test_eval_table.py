@@ -44,7 +44,7 @@ def test_samples_votes_and_gradings_have_columns():
         "bird_set",
         "turns",
     ]
-    two = eval_metrics([episode("a", 0, "correct", **grade), episode("b", 0, "wrong")])
+    two = eval_metrics([episode("a", 0, "correct", **grade), episode("b", 0, "wrong", **{"sql/queries": 1.0})])
     assert cells(two)["dev"]["bird_set"] == "100.0 (1)"  # one of the two could be graded
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from shared_programs import shared_programs
 
 from rollout.types import Trajectory
 from sqlrl_jax import config as configuration
@@ -25,17 +26,8 @@ MODEL = ModelConfig("qwen2", 64, 32, 48, 2, 4, 2, 8, tie_word_embeddings=True, a
 @pytest.fixture(scope="module", autouse=True)
 def _compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Learners of one configuration share compiled programs: every test makes its own learner."""
-    values = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in values}
-    for name, value in values.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    with shared_programs(tmp_path_factory.mktemp("xla")):
+        yield
 
 
 fresh = jax.jit(partial(init_params, MODEL))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -16,7 +17,14 @@ from sqlrl_jax.learner import Learner
 from sqlrl_jax.mesh import make_mesh
 
 UNIT = Path(__file__).parents[1] / "unit"
-MESHES = ["data=2,fsdp=2,tensor=2", "fsdp=4,sequence=2"]
+PLAIN = ()
+BY_EPISODE = (  # what sums over whole episodes
+    "trainer.algorithm.policy_loss_type=gspo",
+    "trainer.algorithm.loss_reduction=prompt_mean",
+    "trainer.algorithm.off_policy_correction.sequence_mask_metric=product",
+    "trainer.algorithm.off_policy_correction.tis_ratio_type=sequence",
+)
+RUNS = [("data=2,fsdp=2,tensor=2", PLAIN), ("fsdp=4,sequence=2", PLAIN), ("data=2,fsdp=2", BY_EPISODE)]
 
 
 @pytest.mark.timeout(580)
@@ -32,27 +40,34 @@ def test_any_mesh_gives_the_step_of_one_device() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("agrees") == len(MESHES)
+    assert done.stdout.count("agrees") == len(RUNS)
 
 
 def compare_meshes() -> None:
     """Run in a process of its own by the test above."""
     jax.config.update("jax_num_cpu_devices", 8)
-    from test_learner import MODEL, advantages, episodes, fresh, leaves, settings
-
-    config = settings("trainer.policy.rows_per_micro_batch=8")
-    batch, values = episodes(), advantages(episodes())
-    results = {}
-    for text in ["fsdp=1", *MESHES]:
-        sizes = {k: int(v) for k, v in (part.split("=") for part in text.split(","))}
-        count = int(np.prod(list(sizes.values())))
-        mesh = make_mesh(configuration.MeshConfig(**sizes), jax.devices()[:count])
-        subject = Learner(config, mesh, MODEL, fresh(0))
-        metrics = subject.update(batch, values)
-        results[text] = leaves(subject.state.opt_state[0].mu), metrics["policy/loss"]
-    want, loss = results.pop("fsdp=1")
-    for text, (got, got_loss) in results.items():
+    for text, overrides in RUNS:
+        (got, got_loss), (want, loss) = one_step(text, overrides), one_step("fsdp=1", overrides)
         for a, b in zip(got, want, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
         np.testing.assert_allclose(got_loss, loss, rtol=1e-5)
         print(text, "agrees")
+
+
+@cache
+def one_step(text: str, overrides: tuple[str, ...]) -> tuple[list[np.ndarray], float]:
+    """A tenth of the gradient, and the loss, of one step on this mesh."""
+    from test_learner import MODEL, advantages, episodes, fresh, leaves, on_policy, settings
+    from test_learner_algorithms import shifted
+
+    config = settings("trainer.policy.rows_per_micro_batch=8", *overrides)
+    sizes = {k: int(v) for k, v in (part.split("=") for part in text.split(","))}
+    mesh = make_mesh(configuration.MeshConfig(**sizes), jax.devices()[: int(np.prod(list(sizes.values())))])
+    subject = Learner(config, mesh, MODEL, fresh(0))
+    batch = episodes()
+    if overrides:  # near the policy, so that bounds and masks hold some episodes and not others
+        batch = shifted(on_policy(subject, batch), 0.5)
+    metrics = subject.update(batch, advantages(batch))
+    if overrides:
+        assert 0 < metrics["policy/product_sequence_mask_masked_ratio"] < 1
+    return leaves(subject.state.opt_state[0].mu), metrics["policy/loss"]

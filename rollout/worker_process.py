@@ -72,7 +72,9 @@ class WorkerProcess:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
-        self._poll = select.poll()
+        os.set_blocking(self._stdin.fileno(), False)  # a worker that stands still may not read what it is asked either
+        self._writable, self._poll = select.poll(), select.poll()
+        self._writable.register(self._stdin, select.POLLOUT)
         self._poll.register(self._stdout, select.POLLIN)
         self._stall_seconds = stall_seconds
         self._settings: Frame | None = settings
@@ -118,13 +120,14 @@ class WorkerProcess:
             return self._process.wait()
 
     def _send(self, request: Frame) -> None:
-        data = frame(request)
-        try:
-            sent = os.write(self._stdin.fileno(), data)
-            while sent < len(data):
-                sent += os.write(self._stdin.fileno(), memoryview(data)[sent:])
-        except OSError:
-            raise Died from None
+        data = memoryview(frame(request))
+        while data:
+            try:
+                data = data[os.write(self._stdin.fileno(), data) :]
+            except BlockingIOError:
+                self._wait(self._writable)
+            except OSError:
+                raise Died from None
 
     def _receive(self, ready: bool = False) -> Frame:
         reply: bytes | bytearray = self._read(ready)
@@ -139,16 +142,21 @@ class WorkerProcess:
         return content
 
     def _read(self, ready: bool = False) -> bytes:
-        """What the worker has written; waits for as long as it computes."""
-        used = -1.0
-        while not (ready or self._poll.poll(self._stall_seconds * 1000)):
-            before, used = used, cpu_seconds(self.pid)
-            if used == before:
-                raise Stalled
+        """What the worker has written."""
+        if not ready:
+            self._wait(self._poll)
         data = os.read(self._stdout.fileno(), READ_BYTES)
         if not data:
             raise Died
         return data
+
+    def _wait(self, poll: select.poll) -> None:
+        """Waits for a pipe for as long as the worker computes."""
+        used = -1.0
+        while not poll.poll(self._stall_seconds * 1000):
+            before, used = used, cpu_seconds(self.pid)
+            if used == before:
+                raise Stalled
 
 
 def cpu_seconds(pid: int) -> float:

@@ -28,9 +28,6 @@ ADDRESS_SPACE_BYTES = 2 * 2**30
 MAX_HARMLESS = 10_000  # names of tables and functions that a connection's rules remember
 PROGRESS_INTERVAL = 10_000  # VM steps between two looks at the budget
 CPU_SLACK = 1.0  # seconds by which the kernel's limit may be late; setting it for every query is most of a query's cost
-CPU_SLACK = (
-    1.0  # seconds that the kernel's limit may be late by: setting it for every query would double the cost of one
-)
 TRIM_INTERVAL = 64  # queries between two looks at the memory
 
 LIMITS = {

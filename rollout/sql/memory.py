@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 
+SLACK = 1.05  # what may be left lying before the heap is trimmed, which takes about a millisecond
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -28,7 +29,12 @@ class Memory:
         return int(os.pread(self._statm, 100, 0).split()[1]) * _PAGE if self._statm >= 0 else 0
 
     def give_back(self) -> None:
-        """Trims the heap if a quarter more is in use than after the last time."""
-        if self._trim is not None and self.resident() > self._live * 1.25:
-            self._trim(0)
-            self._live = self.resident()
+        """Trims the heap if notably more is in use than what was needed since the last time."""
+        if self._trim is None:
+            return
+        size = self.resident()
+        if size <= self._live * SLACK:
+            self._live = min(self._live, size)
+            return
+        self._trim(0)
+        self._live = self.resident()

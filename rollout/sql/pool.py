@@ -109,8 +109,12 @@ class Pool:
         self._closed = False
         self.deaths = 0  # workers that ended while they had something to do
         self._helpers = ThreadPoolExecutor(max(1, size), thread_name_prefix="sql")
-        for _ in range(size):
-            self._free.append(self._started())
+        try:
+            for _ in range(size):
+                self._free.append(self._started())
+        except InfrastructureError:
+            self.close()
+            raise
 
     def answer(self, queries: Sequence[Query]) -> list[Job]:
         """Runs queries; returns their jobs, done."""
@@ -269,6 +273,8 @@ class Pool:
     def _give_back(self, batch: list[Job], running: int) -> None:
         """Lets others have what a silent worker hasn't begun. If it does it nonetheless, the first answer counts."""
         with self._lock:
+            if self._closed:  # nobody would come for it; it ends with its batch
+                return
             back = batch[running + 1 :]
             del batch[running + 1 :]
             self._waiting.extendleft(reversed(back))

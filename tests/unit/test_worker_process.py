@@ -104,6 +104,13 @@ def test_who_computes_is_waited_for_and_who_stands_still_is_not(worker: WorkerPr
         worker.ask(("sleep", 60))
 
 
+def test_a_worker_that_does_not_even_read_stands_still(worker: WorkerProcess) -> None:
+    worker.ask(("echo",))
+    os.kill(worker.pid, signal.SIGSTOP)
+    with pytest.raises(Stalled):
+        worker.ask(("echo", "x" * 1_000_000))  # more than the pipe holds
+
+
 def test_silence_is_told_once_and_only_when_there_is_some(worker: WorkerProcess) -> None:
     told: list[str] = []
     worker.ask(("echo",))

@@ -103,7 +103,7 @@ def _sft(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from sqlrl_jax.data.demo import ensure
+    from sqlrl_jax.data.demo.generate import ensure
 
     print(ensure(_config(args).data.demo))
     return 0

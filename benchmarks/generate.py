@@ -25,7 +25,7 @@ import numpy as np
 from rollout.engine.embedded import EmbeddedEngine
 from rollout.types import SamplingParams
 from sqlrl_jax.config_file import load
-from sqlrl_jax.data.demo_tokenizer import train_tokenizer
+from sqlrl_jax.data.demo.tokenizer import train_tokenizer
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.decoder import init_params
 from sqlrl_jax.model.hf import save_hf

@@ -301,7 +301,7 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> list[Query]:
     root = folder / "databases"
     questions, source = arguments.questions, arguments.databases
     if questions is None:
-        from sqlrl_jax.data.demo import generate
+        from sqlrl_jax.data.demo.generate import generate
 
         demo = generate(
             folder / "demo",

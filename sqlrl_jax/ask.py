@@ -23,7 +23,7 @@ from rollout.types import Task, Trajectory, Turn
 from sqlrl_jax import config_file
 from sqlrl_jax.config import Config
 from sqlrl_jax.data.disk import check_space
-from sqlrl_jax.data.own_databases import copy_database, find_databases
+from sqlrl_jax.data.own.databases import copy_database, find_databases
 from sqlrl_jax.data.progress import bars
 from sqlrl_jax.data.tasks import DataError
 from sqlrl_jax.display import Display

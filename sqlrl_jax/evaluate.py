@@ -22,7 +22,7 @@ from rollout.errors import UserError
 from rollout.types import Task, Trajectory
 from sqlrl_jax import config_file
 from sqlrl_jax.config import Config
-from sqlrl_jax.data.demo import ensure
+from sqlrl_jax.data.demo.generate import ensure
 from sqlrl_jax.data.questions import validation
 from sqlrl_jax.display import Display, comparison
 from sqlrl_jax.episodes_file import EpisodesFile

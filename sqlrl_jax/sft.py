@@ -30,8 +30,8 @@ from rollout.errors import UserError
 from rollout.types import SamplingParams, Task, Trajectory
 from sqlrl_jax.allocator import keep_freed_memory
 from sqlrl_jax.config import Config
-from sqlrl_jax.data.demo import Parameters, corpus, generate
-from sqlrl_jax.data.demo_tokenizer import train_tokenizer
+from sqlrl_jax.data.demo.generate import Parameters, corpus, generate
+from sqlrl_jax.data.demo.tokenizer import train_tokenizer
 from sqlrl_jax.data.packing import PackedBatch, Sample, assign_rows, pack
 from sqlrl_jax.data.tasks import read_tasks
 from sqlrl_jax.display import Display, duration

@@ -20,10 +20,10 @@ from rich.table import Table
 
 from rollout.errors import UserError
 from rollout.types import Task
-from sqlrl_jax.data.convert import Problems, convert, counted
 from sqlrl_jax.data.disk import disk_errors
 from sqlrl_jax.data.progress import Progress, bars
-from sqlrl_jax.data.sources import GROUPS, SOURCES, Source, resolve, root_of
+from sqlrl_jax.data.public.convert import Problems, convert, counted
+from sqlrl_jax.data.public.sources import GROUPS, SOURCES, Source, resolve, root_of
 from sqlrl_jax.data.tasks import DataError, write_tasks
 
 SAMPLE_SEED = 0
@@ -128,7 +128,7 @@ def _own(request: Request) -> int:
         questions="CSV or JSON lines of question and SQL",
         out="folder to write",
     )
-    from sqlrl_jax.data.own import prepare_own
+    from sqlrl_jax.data.own.prepare import prepare_own
 
     with bars() as progress:
         done = prepare_own(
@@ -167,7 +167,7 @@ def _sets(request: Request) -> int:
     data, out = Path(request.data), Path(request.out)
     console = Console(highlight=False, soft_wrap=True)
     if request.download:
-        from sqlrl_jax.data.prepare_download import download
+        from sqlrl_jax.data.public.download import download
 
         with bars() as progress:
             download(sources, data, progress)

@@ -9,7 +9,7 @@ import numpy as np
 
 from rollout.types import Task
 from sqlrl_jax.config import Config
-from sqlrl_jax.data.demo import ensure
+from sqlrl_jax.data.demo.generate import ensure
 from sqlrl_jax.data.tasks import REQUIRED, DataError, read_tasks
 
 

@@ -3,7 +3,7 @@
 Checks the shape of each line and names file, line and field when something is off. Whether the database exists and the
 gold query answers is the SQL environment's business, because only it opens databases. Fields this file does not know are
 kept, so that an environment of one's own can read them. A file that ends in `.parquet` holds rows of SkyRL-SQL, which
-sqlrl_jax.data.sources_skyrl reads.
+sqlrl_jax.data.public.skyrl reads.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def read_tasks(path: str | Path, required: Sequence[str] = REQUIRED) -> list[Tas
 def _numbered(path: Path, required: Sequence[str]) -> Iterator[tuple[int, Task]]:
     """Each task with its line, or row of a parquet file, from 1."""
     if path.suffix == ".parquet":
-        from sqlrl_jax.data.sources_skyrl import skyrl_tasks  # reads parquet with an optional library
+        from sqlrl_jax.data.public.skyrl import skyrl_tasks  # reads parquet with an optional library
 
         yield from skyrl_tasks(path)
         return

@@ -15,7 +15,7 @@ from rollout.engine.embedded import EmbeddedEngine
 from rollout.supervisor import ServiceProcess
 from rollout.types import SamplingParams
 from sqlrl_jax.config_file import load
-from sqlrl_jax.data.demo import ensure
+from sqlrl_jax.data.demo.generate import ensure
 from tests.unit.chat_server import ChatServer, Reply, completion, strip_stop
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ import pytest
 from rollout.sql import prompt, schema
 from rollout.sql.executor import Executor
 from sqlrl_jax.config import DemoConfig
-from sqlrl_jax.data.demo import ensure
+from sqlrl_jax.data.demo.generate import ensure
 from sqlrl_jax.data.tasks import read_tasks
 from tests.unit import omnisql_tree as tree
 

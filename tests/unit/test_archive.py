@@ -15,10 +15,10 @@ import pytest
 from hub_standin import Fault, Hub, Usage, clean_environment, running, tree
 
 from rollout.errors import UserError
-from sqlrl_jax.data import archive as archive_module
 from sqlrl_jax.data import disk
-from sqlrl_jax.data.download import Patience, Unpacked, unpack
-from sqlrl_jax.data.remote_archive import fetch_members
+from sqlrl_jax.data.hub import archive as archive_module
+from sqlrl_jax.data.hub.download import Patience, Unpacked, unpack
+from sqlrl_jax.data.hub.remote_archive import fetch_members
 
 # ---------------------------------------------------------------------------------------------------------- unpacking
 

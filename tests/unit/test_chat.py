@@ -6,7 +6,7 @@ import pytest
 from tiny_model import TEXTS
 
 from rollout.chat import Chat, ChatError, load_tokenizer
-from sqlrl_jax.data.demo_tokenizer import train_tokenizer
+from sqlrl_jax.data.demo.tokenizer import train_tokenizer
 
 LLAMA3 = (
     "{{ '<|begin|>' }}{% for m in messages %}{{ '<|head|>' + m.role + '<|/head|>\n\n' + m.content | trim + '<|eot|>' }}"

@@ -11,7 +11,7 @@ import pytest
 from hub_standin import running
 
 import launch
-from sqlrl_jax.data.sources import OMNISQL, SKYRL, SOURCES
+from sqlrl_jax.data.public.sources import OMNISQL, SKYRL, SOURCES
 from sqlrl_jax.data.tasks import read_tasks
 
 GUIDE = (Path(__file__).resolve().parents[2] / "docs/data.md").read_text(encoding="utf-8")

@@ -13,12 +13,22 @@ from rollout.sql import Executor
 from rollout.sql.prompt import built_in
 from rollout.types import Task
 from sqlrl_jax.config import DemoConfig
-from sqlrl_jax.data import demo
-from sqlrl_jax.data.demo import Item, Parameters, accuracy, ensure, generate, items, prompt_text, response_text, same
-from sqlrl_jax.data.demo_questions import KINDS
-from sqlrl_jax.data.demo_schema import PLAIN, SPELLINGS, spell
-from sqlrl_jax.data.demo_script import Player, play, run_query
-from sqlrl_jax.data.demo_tokenizer import PHRASES, TAGS, train_tokenizer
+from sqlrl_jax.data.demo import generate as demo
+from sqlrl_jax.data.demo.generate import (
+    Item,
+    Parameters,
+    accuracy,
+    ensure,
+    generate,
+    items,
+    prompt_text,
+    response_text,
+    same,
+)
+from sqlrl_jax.data.demo.questions import KINDS
+from sqlrl_jax.data.demo.schema import PLAIN, SPELLINGS, spell
+from sqlrl_jax.data.demo.script import Player, play, run_query
+from sqlrl_jax.data.demo.tokenizer import PHRASES, TAGS, train_tokenizer
 from sqlrl_jax.data.tasks import DataError, read_tasks
 
 SMALL = {"seed": 3, "train_databases": 6, "heldout_databases": 4, "questions_per_database": 5}

@@ -16,7 +16,7 @@ from hub_standin import Fault, Hub, Usage, clean_environment, etag, running
 from rich.console import Console
 
 from rollout.errors import UserError
-from sqlrl_jax.data.download import DownloadError, Patience, fetch
+from sqlrl_jax.data.hub.download import DownloadError, Patience, fetch
 from sqlrl_jax.data.progress import bars, size
 
 REPO = "seeklhy/OmniSQL-datasets"

@@ -25,7 +25,7 @@ from rollout.episode import EpisodeSettings, run_batch
 from rollout.errors import InfrastructureError, UserError
 from rollout.types import SamplingParams, Task, Turn
 from sqlrl_jax.config import Config
-from sqlrl_jax.data.demo_tokenizer import train_tokenizer
+from sqlrl_jax.data.demo.tokenizer import train_tokenizer
 from sqlrl_jax.metrics import eval_metrics, rollout_metrics
 
 GAME = '''

@@ -13,7 +13,7 @@ from rollout.environment import Environment, StepResult
 from rollout.episode import EpisodeSettings, run_batch, sample_seed
 from rollout.errors import InfrastructureError
 from rollout.types import Generation, SamplingParams, Task, Turn
-from sqlrl_jax.data.demo_tokenizer import train_tokenizer
+from sqlrl_jax.data.demo.tokenizer import train_tokenizer
 
 SETTINGS = EpisodeSettings(max_turns=3, max_input_length=200, max_prompt_length=100)
 PARAMS = SamplingParams(max_tokens=50)

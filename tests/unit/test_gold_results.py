@@ -17,7 +17,7 @@ from rollout.text2sql import Text2SQL
 from rollout.types import Task
 from sqlrl_jax.config import Config
 from sqlrl_jax.config_file import override
-from sqlrl_jax.data.sources_results import GoldResults
+from sqlrl_jax.data.public.results import GoldResults
 from sqlrl_jax.data.tasks import DataError
 
 Row = tuple[Any, ...]

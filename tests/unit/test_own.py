@@ -18,9 +18,9 @@ from own_files import questions_file, sqlite_file
 from rollout.errors import UserError
 from rollout.sql.executor import Executor
 from sqlrl_jax.config_file import load
-from sqlrl_jax.data import own_databases
-from sqlrl_jax.data.own import Prepared, prepare_own
-from sqlrl_jax.data.own_databases import find_databases
+from sqlrl_jax.data.own import databases as own_databases
+from sqlrl_jax.data.own.databases import find_databases
+from sqlrl_jax.data.own.prepare import Prepared, prepare_own
 from sqlrl_jax.data.prepare import argument
 from sqlrl_jax.data.tasks import DataError, read_tasks
 

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from sqlrl_jax.data.csv_tables import NUMBER, Table, build_database, column_names
-from sqlrl_jax.data.csv_text import detect_encoding, open_csv
+from sqlrl_jax.data.own.csv_tables import NUMBER, Table, build_database, column_names
+from sqlrl_jax.data.own.csv_text import detect_encoding, open_csv
 from sqlrl_jax.data.tasks import DataError
 
 Cells = list[tuple[Any, ...]]

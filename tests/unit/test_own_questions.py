@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from own_files import questions_file
 
 from rollout.types import Task
-from sqlrl_jax.data.own_questions import match_columns, read_questions, split
+from sqlrl_jax.data.own.questions import match_columns, read_questions, split
 from sqlrl_jax.data.tasks import DataError
 
 

@@ -12,7 +12,7 @@ import launch
 from rollout.types import Task
 from sqlrl_jax.config_file import load
 from sqlrl_jax.data import prepare
-from sqlrl_jax.data.sources import GROUPS, SOURCES, resolve
+from sqlrl_jax.data.public.sources import GROUPS, SOURCES, resolve
 from sqlrl_jax.data.tasks import read_tasks
 
 COUNT, NAMES = tree.COUNT, tree.NAMES

@@ -11,7 +11,7 @@ import pytest
 from hub_standin import Hub, running
 
 import launch
-from sqlrl_jax.data.sources import OMNISQL, SKYRL
+from sqlrl_jax.data.public.sources import OMNISQL, SKYRL
 from sqlrl_jax.data.tasks import read_tasks
 
 

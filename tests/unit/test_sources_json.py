@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sqlrl_jax.data import sources_json
-from sqlrl_jax.data.sources_json import json_rows
+from sqlrl_jax.data.public import json_rows as sources_json
+from sqlrl_jax.data.public.json_rows import json_rows
 from sqlrl_jax.data.tasks import DataError
 
 VALUES = st.recursive(

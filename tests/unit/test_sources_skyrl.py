@@ -10,8 +10,8 @@ import pytest
 from rollout.errors import UserError
 from sqlrl_jax.config import Config
 from sqlrl_jax.config_file import override
+from sqlrl_jax.data.public.skyrl import shown
 from sqlrl_jax.data.questions import load_questions
-from sqlrl_jax.data.sources_skyrl import shown
 from sqlrl_jax.data.tasks import DataError, read_tasks, write_tasks
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from sqlrl_jax.config import Config
 from sqlrl_jax.config_file import load
-from sqlrl_jax.data.demo_tokenizer import train_tokenizer
+from sqlrl_jax.data.demo.tokenizer import train_tokenizer
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.hf import save_hf
 from sqlrl_jax.model.params import Params, nest, param_specs

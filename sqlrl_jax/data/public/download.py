@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sqlrl_jax.data.download import fetch
+from sqlrl_jax.data.hub.download import fetch
+from sqlrl_jax.data.hub.remote_archive import fetch_members
 from sqlrl_jax.data.progress import Progress
-from sqlrl_jax.data.remote_archive import fetch_members
-from sqlrl_jax.data.sources import OMNISQL, SKYRL, SKYRL_ROOTS, Source
-from sqlrl_jax.data.sources_skyrl import parquet_rows
+from sqlrl_jax.data.public.skyrl import parquet_rows
+from sqlrl_jax.data.public.sources import OMNISQL, SKYRL, SKYRL_ROOTS, Source
 
 ARCHIVE = "data.zip"
 INSIDE = "data/"

@@ -20,10 +20,10 @@ from typing import BinaryIO
 
 from huggingface_hub.utils import hf_raise_for_status
 
-from sqlrl_jax.data.archive import Unpacked, unpack
 from sqlrl_jax.data.disk import check_space, disk_errors
-from sqlrl_jax.data.hub import Patience, Remote, Tries, continues, describe, find, stream
-from sqlrl_jax.data.hub_errors import DownloadError, Passing, Source
+from sqlrl_jax.data.hub.archive import Unpacked, unpack
+from sqlrl_jax.data.hub.errors import DownloadError, Passing, Source
+from sqlrl_jax.data.hub.tries import Patience, Remote, Tries, continues, describe, find, stream
 from sqlrl_jax.data.progress import Progress, silent, size
 
 __all__ = ["DownloadError", "Patience", "Unpacked", "fetch", "unpack"]

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from rollout.types import Task
-from sqlrl_jax.data.csv_text import SUFFIXES as CSV_SUFFIXES
-from sqlrl_jax.data.csv_text import open_csv
-from sqlrl_jax.data.sources_json import json_rows
+from sqlrl_jax.data.own.csv_text import SUFFIXES as CSV_SUFFIXES
+from sqlrl_jax.data.own.csv_text import open_csv
+from sqlrl_jax.data.public.json_rows import json_rows
 from sqlrl_jax.data.tasks import DataError, check_text, is_name, json_lines
 
 NAMES: dict[str, tuple[str, ...]] = {

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from rollout.types import Task
-from sqlrl_jax.data.sources import Source
-from sqlrl_jax.data.sources_json import json_rows
-from sqlrl_jax.data.sources_results import GoldResults
-from sqlrl_jax.data.sources_skyrl import parquet_rows, skyrl_id, skyrl_task
+from sqlrl_jax.data.public.json_rows import json_rows
+from sqlrl_jax.data.public.results import GoldResults
+from sqlrl_jax.data.public.skyrl import parquet_rows, skyrl_id, skyrl_task
+from sqlrl_jax.data.public.sources import Source
 from sqlrl_jax.data.tasks import DataError, check_text
 
 SHOWN = 20

@@ -20,11 +20,11 @@ from pathlib import Path, PurePosixPath
 
 from huggingface_hub.utils import hf_raise_for_status
 
-from sqlrl_jax.data.archive import ArchiveError, Unpacked, unpack, unpack_members
 from sqlrl_jax.data.disk import disk_errors
-from sqlrl_jax.data.download import fetch
-from sqlrl_jax.data.hub import Patience, Remote, Tries, continues, describe, find, stream
-from sqlrl_jax.data.hub_errors import DownloadError, Passing, Source
+from sqlrl_jax.data.hub.archive import ArchiveError, Unpacked, unpack, unpack_members
+from sqlrl_jax.data.hub.download import fetch
+from sqlrl_jax.data.hub.errors import DownloadError, Passing, Source
+from sqlrl_jax.data.hub.tries import Patience, Remote, Tries, continues, describe, find, stream
 from sqlrl_jax.data.progress import Progress, silent
 
 GAP = 1 << 20

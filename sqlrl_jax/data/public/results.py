@@ -12,7 +12,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from sqlrl_jax.data.csv_text import field_limit
+from sqlrl_jax.data.own.csv_text import field_limit
 from sqlrl_jax.data.tasks import DataError, json_lines
 
 

@@ -10,8 +10,8 @@ import random
 import sqlite3
 from dataclasses import dataclass
 
-from sqlrl_jax.data.demo_questions import Question
-from sqlrl_jax.data.demo_schema import RENAMES, Database
+from sqlrl_jax.data.demo.questions import Question
+from sqlrl_jax.data.demo.schema import RENAMES, Database
 
 Rows = list[tuple[object, ...]]
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
 
-from sqlrl_jax.data.csv_tables import build_database
-from sqlrl_jax.data.csv_text import SUFFIXES as CSV_SUFFIXES
+from sqlrl_jax.data.own.csv_tables import build_database
+from sqlrl_jax.data.own.csv_text import SUFFIXES as CSV_SUFFIXES
 from sqlrl_jax.data.progress import Progress, silent
 from sqlrl_jax.data.tasks import DataError, is_name
 

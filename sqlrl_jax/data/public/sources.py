@@ -1,9 +1,9 @@
 """The public text-to-SQL sets that `launch.py prepare` knows: where their files lie and what their fields are called.
 
 One table, laid out as OmniSQL's `data.zip` unpacks (`seeklhy/OmniSQL-datasets`, folder `data/`), plus the training rows of
-SkyRL-SQL. What differs between sets is data here; the code that reads them is one (sqlrl_jax.data.convert). Left out: the
-thoughts (`cot`) that some files carry, because nothing here imitates them, and the `tables.json` files, because schema texts
-are read from the databases themselves.
+SkyRL-SQL. What differs between sets is data here; the code that reads them is one (sqlrl_jax.data.public.convert). Left
+out: the thoughts (`cot`) that some files carry, because nothing here imitates them, and the `tables.json` files, because
+schema texts are read from the databases themselves.
 """
 
 from __future__ import annotations

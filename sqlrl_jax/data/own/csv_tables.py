@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from sqlrl_jax.data.csv_text import NAMES, CsvFile, Watch, open_csv
+from sqlrl_jax.data.own.csv_text import NAMES, CsvFile, Watch, open_csv
 from sqlrl_jax.data.progress import Progress, silent
 from sqlrl_jax.data.tasks import DataError
 

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sqlrl_jax.data.disk import check_space, disk_errors
-from sqlrl_jax.data.own_databases import Original, copy_database, find_databases
-from sqlrl_jax.data.own_questions import read_questions, split
+from sqlrl_jax.data.own.databases import Original, copy_database, find_databases
+from sqlrl_jax.data.own.questions import read_questions, split
 from sqlrl_jax.data.progress import Progress, silent
 from sqlrl_jax.data.tasks import DataError, write_tasks
 

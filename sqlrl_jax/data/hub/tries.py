@@ -18,7 +18,7 @@ from huggingface_hub import get_hf_file_metadata, get_session, hf_hub_url
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import build_hf_headers
 
-from sqlrl_jax.data.hub_errors import DownloadError, Passing, Source, explain
+from sqlrl_jax.data.hub.errors import DownloadError, Passing, Source, explain
 
 GAIN = 1 << 20
 """Bytes that make a try fruitful though it failed."""

@@ -17,7 +17,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sqlrl_jax.data.demo_schema import Database, Table, TextColumn
+from sqlrl_jax.data.demo.schema import Database, Table, TextColumn
 
 KINDS = {"value": 0.15, "join": 0.17, "two": 0.2, "column": 0.12, "both": 0.22, "tie": 0.14}
 AGGREGATES = {"total": "SUM", "average": "AVG", "highest": "MAX", "lowest": "MIN"}

@@ -1,6 +1,6 @@
 """The demo task: generated databases, questions about them, and demonstrations for a supervised cold start.
 
-    python -m sqlrl_jax.data.demo --out data/demo
+    python -m sqlrl_jax.data.demo.generate --out data/demo
 
 writes train.jsonl, heldout.jsonl, demonstrations.jsonl and databases/<db_id>/<db_id>.sqlite, and prints how far guessing
 and looking get. The three sets of databases are disjoint. Everything follows from the parameters: the same ones give
@@ -24,9 +24,9 @@ from typing import Any
 
 from rollout.types import Task
 from sqlrl_jax.config import DemoConfig
-from sqlrl_jax.data.demo_questions import KINDS, Question, draw_kind, draw_question
-from sqlrl_jax.data.demo_schema import Database, build, make_database
-from sqlrl_jax.data.demo_script import Episode, Player, Rows, play, run_query
+from sqlrl_jax.data.demo.questions import KINDS, Question, draw_kind, draw_question
+from sqlrl_jax.data.demo.schema import Database, build, make_database
+from sqlrl_jax.data.demo.script import Episode, Player, Rows, play, run_query
 from sqlrl_jax.data.tasks import DataError, read_tasks, write_tasks
 
 FORMAT = 6  # raise it when the same parameters give other data
@@ -258,7 +258,9 @@ def accuracy(parameters: Parameters, split: str, player: Player) -> dict[str, fl
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m sqlrl_jax.data.demo", description="Generate the demo task.")
+    parser = argparse.ArgumentParser(
+        prog="python -m sqlrl_jax.data.demo.generate", description="Generate the demo task."
+    )
     parser.add_argument("--out", required=True, help="folder to write; replaced if it holds an older demo task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train-databases", type=int, default=400)
@@ -276,7 +278,7 @@ def main(arguments: list[str] | None = None) -> None:
     parameters = Parameters(**args)
     tokenizer = None
     if tokenizer_dir:
-        from sqlrl_jax.data.demo_tokenizer import train_tokenizer
+        from sqlrl_jax.data.demo.tokenizer import train_tokenizer
 
         tokenizer = train_tokenizer(corpus(parameters), tokenizer_dir)
     print(f"{out}: " + ", ".join(f"{len(read_tasks(out / f'{s}.jsonl'))} {s}" for s in SETS))

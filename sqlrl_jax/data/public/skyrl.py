@@ -17,7 +17,7 @@ from typing import Any
 
 from rollout.errors import UserError
 from rollout.types import Task
-from sqlrl_jax.data.sources import SKYRL_ROOTS
+from sqlrl_jax.data.public.sources import SKYRL_ROOTS
 from sqlrl_jax.data.tasks import DataError, check_text
 
 COLUMNS = ("prompt", "env_class", "reward_spec", "db_id", "data")

@@ -130,7 +130,8 @@ class Executor:
         try:
             resolved = path.resolve(strict=True)
         except (OSError, UnicodeError, RuntimeError) as error:  # the last for links in a circle
-            raise InfrastructureError(f"database {db_id}: {path} can't be opened: {error}") from None
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise InfrastructureError(f"database {db_id}: {path} can't be opened: {reason}") from None
         if not resolved.is_relative_to(self._root.resolve()):
             raise InfrastructureError(f"database {db_id}: {path} leads out of the database root; copy it there")
         found = self._paths[db_id] = (str(resolved), f"file:{quote(os.fsencode(resolved))}?mode=ro&immutable=1")

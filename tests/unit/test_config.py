@@ -32,6 +32,17 @@ def test_saved_configuration_loads_to_an_equal_one(tmp_path):
         ("generator.max_turns=0", r"generator.max_turns = 0: allowed is int ≥ 1, ≤ 100"),
         ("trainer.policy.optimizer_config.lr=.nan", "trainer.policy.optimizer_config.lr = nan: allowed is float > 0"),
         ("trainer.algorithm.policy_loss_type=foo", "'foo': allowed is ppo | dual_clip"),
+        ("trainer.algorithm.policy_loss_type=own:a.b", "package.module:function"),
+        ("trainer.algorithm.advantage_estimator=gae", "allowed is grpo | rloo | reinforce++ | maxrl | package.module"),
+        ("trainer.algorithm.loss_reduction=seq_mean_token_sum_norm", "trainer.algorithm: loss_reduction seq_mean"),
+        (
+            "trainer.algorithm={policy_loss_type: dppo, off_policy_correction: {tis_ratio_type: token}}",
+            "tis_ratio_type would count it twice",
+        ),
+        (
+            "trainer.algorithm={advantage_estimator: maxrl, overlong_buffer: {len: 9}}",
+            "maxrl divides by the mean reward and needs none below 0",
+        ),
         ("trainer.train_batch_size=10", "policy_mini_batch_size 256 must divide train_batch_size 10"),
         ("trainer.mesh.data=0", "trainer.mesh: sizes are at least 1"),
         ("trainer=3", "'trainer' is a section"),

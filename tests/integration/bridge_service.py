@@ -11,15 +11,16 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
 
 from rollout.engine.base import Engine, Session
+from rollout.environment import Environment, StepResult
 from rollout.episode import EpisodeSettings, run_batch
 from rollout.server import serve
-from rollout.types import Generation, SamplingParams, Task, TensorSpec, Trajectory
+from rollout.types import Generation, Message, SamplingParams, Task, TensorSpec, Trajectory
+from sqlrl_jax.config import Config
 
 SPECS = [TensorSpec("embed.weight", (300, 1000), "float32"), TensorSpec("norm.weight", (7,), "float32")]
 
@@ -114,21 +115,19 @@ class Chat:
         return " ".join(map(str, output_ids))
 
 
-class Environment:
+class TwoTurns(Environment):
     """Two turns. A task that says so fails `fields["failures"]` times for reasons of infrastructure."""
 
     failed: ClassVar[dict[str, int]] = {}
 
-    def reset(self, task: Task) -> list[dict[str, str]]:
+    def reset(self, task: Task) -> list[Message]:
         if self.failed.setdefault(task.id, 0) < task.fields.get("failures", 0):
             self.failed[task.id] += 1
             raise RuntimeError(f"no database for {task.id}")
-        return [{"role": "user", "content": task.fields.get("question", task.id)}]
+        return [Message(role="user", content=task.fields.get("question", task.id))]
 
-    def step(self, action: str, turn: int) -> Any:
-        return SimpleNamespace(observation="seen", reward=1.0, done=turn == 2, outcome="correct", turn=None, metrics={})
-
-    finish = None
+    def step(self, action: str, turn: int) -> StepResult:
+        return StepResult(observation="seen", reward=float(turn == 2), done=turn == 2, outcome="correct")
 
 
 def main() -> None:
@@ -153,8 +152,12 @@ def main() -> None:
         on_trajectory: Callable[[Trajectory], None],
     ) -> object:
         chat: Any = Chat()
+
+        def environment() -> Environment:
+            return TwoTurns(Config(), None)
+
         settings = EpisodeSettings(max_turns, 10_000, 10_000)
-        return await run_batch(tasks, n_samples, engine, Environment, chat, settings, sampling, seed, on_trajectory)
+        return await run_batch(tasks, n_samples, engine, environment, chat, settings, sampling, seed, on_trajectory)
 
     asyncio.run(serve(engine, play, args.listen, port_file=args.port_file, supervised=args.port_file is not None))
 

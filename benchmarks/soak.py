@@ -10,7 +10,7 @@ and must give the same.
 
 Memory counts as flat if a process holds at most 5% more over the last fifth of the queries than over the fifth that
 begins at 55%. What it holds is the least in each twentieth, between bombs, whose memory goes back some queries later.
-Statements that only the death of a worker ends come in the first half alone, so that the workers measured have served
+Statements that only the death of a worker ends come in the first quarter alone, so that the workers measured have served
 for long. The exit status is 1 if anything failed.
 
 Left out: the result cache, which is off, and speed, which benchmarks/sql.py measures.
@@ -187,7 +187,7 @@ class Soak:
     def _thread(self, number: int) -> None:
         for batch in range(number, self._batches, self._threads):
             draw = random.Random(f"{self._seed}/{batch}")
-            pool = self._hostile if batch < self._batches // 2 else self._gentle
+            pool = self._hostile if batch < self._batches // 4 else self._gentle
             indices = [
                 draw.choice(pool) if draw.random() < self._share else draw.choice(self._harmless) for _ in range(BATCH)
             ]

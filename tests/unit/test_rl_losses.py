@@ -129,11 +129,13 @@ COMPILED = {name: jax.jit(partial(total, name, CONFIG)) for name in NAMES}
 @settings(max_examples=40, deadline=None)
 @given(episodes_of(WILD), GARBAGE)
 def test_each_loss_equals_its_formula(name: str, cases: list[Token], garbage: float) -> None:
-    assume(all(abs(t.new - other) != 20 for t in cases for other in (t.old, t.rollout)))  # either slope is right there
+    gaps = [np.float32(t.new) - np.float32(other) for t in cases for other in (t.old, t.rollout)]
+    assume(20 not in map(abs, gaps))  # either slope is right there
     a = arrays(cases, garbage)
     (loss, sums), gradient = COMPILED[name](a, a["new"])
     slow = [(t, *SLOW[name](t, episode)) for episode in by_episode(cases) for t in episode]
-    scale = 1.0 + sum(t.weight * (abs(v) + abs(g)) for t, v, g, _ in slow)
+    parts = sum(t.weight * ratio_of(t.new, t.old)[0] for t in cases if name == "kl_cov" and t.selected)  # may cancel
+    scale = 1.0 + parts + sum(t.weight * (abs(v) + abs(g)) for t, v, g, _ in slow)
     want = sum(t.weight * value for t, value, _, _ in slow)
     assert math.isclose(float(loss), want, rel_tol=2e-4, abs_tol=2e-5 * scale)
     want_gradient = [t.weight * g for t, _, g, _ in slow]

@@ -14,22 +14,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sql_databases import make_database
 
 from rollout.errors import InfrastructureError, UserError
 from rollout.sql import Executor
 
 BOMB = "SELECT instr(hex(zeroblob(1900000)), hex(zeroblob(900000)) || '1')"
-
-
-def make_database(root: Path, db_id: str, *statements: str) -> Path:
-    (root / db_id).mkdir()
-    path = root / db_id / f"{db_id}.sqlite"
-    connection = sqlite3.connect(path)
-    for statement in statements:
-        connection.execute(statement)
-    connection.commit()
-    connection.close()
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sql_databases import make_database
 
 from rollout.errors import InfrastructureError
 from rollout.sql import Executor, result_cache
@@ -77,17 +78,6 @@ WITNESSES = [
     "SELECT id FROM car WHERE id > 9",
     "SELECT datetime('now')",
 ]
-
-
-def make_database(root: Path, db_id: str, *statements: str) -> Path:
-    (root / db_id).mkdir()
-    path = root / db_id / f"{db_id}.sqlite"
-    connection = sqlite3.connect(path)
-    for statement in statements:
-        connection.execute(statement)
-    connection.commit()
-    connection.close()
-    return path
 
 
 @pytest.fixture(scope="module")

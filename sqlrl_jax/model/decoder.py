@@ -29,7 +29,7 @@ Rope = tuple[Float[Array, "B S h2"], Float[Array, "B S h2"]]
 # (q, k, v, this layer's slice of what is carried) -> (attended [B, S, H, h], the new slice)
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
-_FUSED = ("q", "k", "v", "q_bias", "k_bias", "v_bias", "gate", "up")
+_FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,14 @@ def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float) ->
     return (normed * scale.astype(jnp.float32)).astype(x.dtype)
 
 
+def linear(layer: Params, name: str, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+    """x @ W, plus the low-rank adapter's (x @ A) @ B where the layer has one (see lora.py)."""
+    out = x @ layer[name].astype(x.dtype)
+    if f"{name}_a" not in layer:
+        return out
+    return out + (x @ layer[f"{name}_a"].astype(x.dtype)) @ layer[f"{name}_b"].astype(x.dtype)
+
+
 def project_qkv(
     config: ModelConfig, layer: Params, x: Float[Array, "B S D"], rope: Rope
 ) -> tuple[Float[Array, "B S H h"], Float[Array, "B S KV h"], Float[Array, "B S KV h"]]:
@@ -90,7 +98,7 @@ def project_qkv(
     normed = rms_norm(x, layer["attention_norm"], config.rms_norm_eps)
 
     def project(name: str) -> jax.Array:
-        out = normed @ layer[name].astype(x.dtype)
+        out = linear(layer, name, normed)
         return out + layer[f"{name}_bias"].astype(x.dtype) if config.attention_bias else out
 
     if "qkv" in layer:
@@ -109,22 +117,25 @@ def finish_block(
     config: ModelConfig, layer: Params, x: Float[Array, "B S D"], attended: Float[Array, "B S H h"]
 ) -> Float[Array, "B S D"]:
     """The rest of a layer after attention: output projection, then the SwiGLU MLP, each added to the residual."""
-    x = x + attended.reshape(*x.shape[:-1], -1) @ layer["o"].astype(x.dtype)
+    x = x + linear(layer, "o", attended.reshape(*x.shape[:-1], -1))
     normed = rms_norm(x, layer["mlp_norm"], config.rms_norm_eps)
     if "gate_up" in layer:
-        gate, up = jnp.split(normed @ layer["gate_up"].astype(x.dtype), 2, axis=-1)
+        gate, up = jnp.split(linear(layer, "gate_up", normed), 2, axis=-1)
     else:
-        gate, up = normed @ layer["gate"].astype(x.dtype), normed @ layer["up"].astype(x.dtype)
-    return x + (jax.nn.silu(gate) * up) @ layer["down"].astype(x.dtype)
+        gate, up = linear(layer, "gate", normed), linear(layer, "up", normed)
+    return x + linear(layer, "down", jax.nn.silu(gate) * up)
 
 
 def fuse_layer(layer: Params) -> Params:
-    """One layer (or a stack) with q, k, v joined into `qkv` and gate, up into `gate_up`; the blocks take both forms."""
-    out = {name: value for name, value in layer.items() if name not in _FUSED}
-    out["qkv"] = jnp.concatenate([layer[name] for name in ("q", "k", "v")], axis=-1)
-    out["gate_up"] = jnp.concatenate([layer["gate"], layer["up"]], axis=-1)
-    if "q_bias" in layer:
-        out["qkv_bias"] = jnp.concatenate([layer[name] for name in ("q_bias", "k_bias", "v_bias")], axis=-1)
+    """One layer (or a stack) with q, k, v joined into `qkv` and gate, up into `gate_up`, unless one of them has an adapter;
+    the blocks take both forms."""
+    out = dict(layer)
+    for joined, parts in _FUSED.items():
+        if any(f"{part}_a" in layer for part in parts):
+            continue
+        for suffix in ("", "_bias"):
+            if f"{parts[0]}{suffix}" in layer:
+                out[joined + suffix] = jnp.concatenate([out.pop(f"{part}{suffix}") for part in parts], axis=-1)
     return out
 
 

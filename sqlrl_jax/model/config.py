@@ -3,7 +3,8 @@
 One record serves Qwen2, Qwen3 and Llama: the families differ in data only. Nothing here overrides a checkpoint: a field
 that the decoder does not implement is refused by name, and a field that is absent takes the value that transformers
 itself would give it. Fields without influence on the arithmetic are carried through to an export in `extra`.
-Left out: mixtures of experts, sliding windows and other RoPE scalings, because no recipe here uses them.
+Left out: mixtures of experts, sliding windows, biases on the output projection and RoPE scalings other than Llama 3's,
+because no recipe here uses them.
 """
 
 from __future__ import annotations
@@ -19,26 +20,42 @@ from rollout.errors import UserError
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-# Read above all others, so never carried in `extra`.
-_OWN = frozenset(
+# Fields that the decoder reads, or that an export writes anew: never carried in `extra`.
+READ = frozenset(
     f"""{" ".join(_SIZES)} num_key_value_heads head_dim rms_norm_eps tie_word_embeddings max_position_embeddings
     rope_theta rope_scaling rope_parameters model_type architectures hidden_act attention_bias eos_token_id bos_token_id
     pad_token_id dtype torch_dtype transformers_version _name_or_path""".split()
 )
+# Read too, to refuse sliding windows, and carried through.
+WINDOWS = frozenset({"layer_types", "use_sliding_window", "sliding_window", "max_window_layers"})
 # Values with which a field changes nothing; any other value is refused.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0, None),
     "mlp_bias": (False, None),
     "partial_rotary_factor": (1, None),
     "rope_interleaved": (False, None),
     "quantization_config": (None,),
+    "compression_config": (None,),
     "auto_map": (None,),
     "num_experts": (0, None),
     "num_local_experts": (0, None),
     "n_routed_experts": (0, None),
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
+    "attention_chunk_size": (None,),
+    "per_layer_config": (None, {}),
 }
+# Fields of transformers' classes that no code of these families reads for the logits. Together with READ, WINDOWS and
+# NEUTRAL these are all their fields (a test compares), so a release that adds one is noticed. What is in none of the
+# lists is a name that transformers itself does not know; it is carried.
+CARRIED = frozenset(
+    {"use_cache", "initializer_range", "pretraining_tp", "chunk_size_feed_forward", "return_dict", "output_attentions"}
+    | {"output_hidden_states", "id2label", "label2id", "problem_type"}
+)
+# What transformers fills in for a field that is absent, where that differs from null.
+_TOKENS = {"llama": {"bos_token_id": 1, "eos_token_id": 2}}
+_ROPE_KEYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+_LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 class ModelConfigError(UserError):
@@ -94,6 +111,10 @@ class ModelConfig:
                 f"num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads"
                 f" {self.num_key_value_heads}"
             )
+        if self.model_type == "llama" and self.hidden_size % self.num_attention_heads:
+            raise ModelConfigError(
+                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}"
+            )
         if self.head_dim % 2:
             raise ModelConfigError(f"head_dim = {self.head_dim}: RoPE needs an even number")
         if self.attention_bias != (self.model_type == "qwen2") or self.qk_norm != (self.model_type == "qwen3"):
@@ -118,7 +139,8 @@ class ModelConfig:
             if config.get(name) is None:
                 raise ModelConfigError(f"{name} is missing from config.json")
         theta, scaling = _rope(config)
-        eos = config.get("eos_token_id")
+        tokens = {**_TOKENS.get(model_type, {}), **config}
+        eos = tokens.get("eos_token_id")
         return cls(
             model_type=model_type,
             **{name: config[name] for name in _SIZES},
@@ -132,9 +154,9 @@ class ModelConfig:
             qk_norm=model_type == "qwen3",
             max_position_embeddings=config["max_position_embeddings"],
             eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,),
-            bos_token_id=config.get("bos_token_id"),
-            pad_token_id=config.get("pad_token_id"),
-            extra={k: v for k, v in config.items() if k not in _OWN},
+            bos_token_id=tokens.get("bos_token_id"),
+            pad_token_id=tokens.get("pad_token_id"),
+            extra={k: v for k, v in config.items() if k not in READ},
         )
 
     @classmethod
@@ -193,15 +215,28 @@ def _refuse_unsupported(config: Mapping[str, Any], model_type: str) -> None:
         raise ModelConfigError(f"hidden_act {config['hidden_act']!r} is not supported: silu is needed")
     if model_type != "qwen2" and config.get("attention_bias"):
         raise ModelConfigError(f"attention_bias true is not supported for {model_type} (it puts a bias on o_proj too)")
-    for name, neutral in _NEUTRAL.items():
+    for name, neutral in NEUTRAL.items():
         if name in config and config[name] not in neutral:
             raise ModelConfigError(f"{name} = {config[name]!r} is not supported: the decoder has no such part")
-    types = set(config.get("layer_types") or ()) - {"full_attention"}
-    if types:
-        raise ModelConfigError(f"layer_types holds {sorted(types)}: only full_attention is supported")
-    slides = config.get("use_sliding_window") and config.get("sliding_window") and not config.get("layer_types")
-    if slides and config.get("max_window_layers", 0) < config.get("num_hidden_layers", 0):
-        raise ModelConfigError(f"use_sliding_window true (window {config['sliding_window']}) is not supported")
+    _refuse_windows(config, model_type)
+
+
+def _refuse_windows(config: Mapping[str, Any], model_type: str) -> None:
+    layers, kinds = config.get("num_hidden_layers") or 0, config.get("layer_types")
+    odd = sorted(set(kinds or ()) - {"full_attention"})
+    if odd:
+        raise ModelConfigError(f"layer_types holds {odd}: only full_attention is supported")
+    if kinds is not None and len(kinds) != layers:
+        raise ModelConfigError(f"layer_types holds {len(kinds)} layers, but num_hidden_layers is {layers}")
+    # The defaults are those of transformers' Qwen classes; its Llama class has no window, other engines' have.
+    window, first = config.get("sliding_window", 4096), config.get("max_window_layers", 28)
+    if model_type == "llama":
+        window, first = config.get("sliding_window"), 0
+    slides = config.get("use_sliding_window", model_type == "llama") and window is not None and kinds is None
+    if slides and (first is None or first < layers):
+        raise ModelConfigError(
+            f"sliding_window {window} (use_sliding_window) holds for layers from {first or 0} on: it is not supported"
+        )
 
 
 def _key_value_heads(config: Mapping[str, Any], model_type: str) -> int:
@@ -221,26 +256,22 @@ def _head_dim(config: Mapping[str, Any], model_type: str) -> int:
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, Llama3Scaling | None]:
     """RoPE base and scaling; `rope_scaling` before `rope_parameters`, as transformers 5 resolves them."""
-    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    if rope.get("partial_rotary_factor", 1) != 1:
+    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    rope = dict(config.get(name) or {})
+    if rope.get("partial_rotary_factor", 1) not in (1, None):
         raise ModelConfigError(f"partial_rotary_factor {rope['partial_rotary_factor']} is not supported")
     theta = rope.get("rope_theta", config.get("rope_theta"))
     theta = 10_000.0 if theta is None else float(theta)
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ModelConfigError(f"{name} of type {kind!r} is not supported: use default or llama3")
+    unknown = sorted(set(rope) - _ROPE_KEYS - (set(_LLAMA3_KEYS) if kind == "llama3" else set()))
+    if unknown:
+        raise ModelConfigError(f"{name}.{unknown[0]} is not supported with type {kind}")
     if kind == "default":
         return theta, None
-    if kind != "llama3":
-        raise ModelConfigError(f"rope_scaling type {kind!r} is not supported: use default or llama3")
-    rope.setdefault(
-        "original_max_position_embeddings",
-        config.get("original_max_position_embeddings", config["max_position_embeddings"]),
-    )
-    try:
-        return theta, Llama3Scaling(
-            float(rope["factor"]),
-            float(rope["low_freq_factor"]),
-            float(rope["high_freq_factor"]),
-            int(rope["original_max_position_embeddings"]),
-        )
-    except KeyError as error:
-        raise ModelConfigError(f"rope_scaling of type llama3 lacks {error.args[0]}") from None
+    missing = [key for key in _LLAMA3_KEYS if rope.get(key) is None]
+    if missing:
+        raise ModelConfigError(f"{name} of type llama3 lacks {missing[0]}")
+    factor, low, high, original = (rope[key] for key in _LLAMA3_KEYS)
+    return theta, Llama3Scaling(float(factor), float(low), float(high), int(original))

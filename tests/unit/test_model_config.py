@@ -1,11 +1,15 @@
 """config.json in and out: nothing is overridden, nothing unsupported is taken silently."""
 
+import dataclasses
 import json
+import re
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from transformers import AutoConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
-from sqlrl_jax.model.config import Llama3Scaling, ModelConfig, ModelConfigError
+from sqlrl_jax.model.config import CARRIED, NEUTRAL, READ, WINDOWS, Llama3Scaling, ModelConfig, ModelConfigError
 
 SIZES = {
     "vocab_size": 96,
@@ -73,9 +77,17 @@ def test_llama3_scaling_in_both_spellings(tmp_path) -> None:
         ({"architectures": ["Qwen2ForSequenceClassification"]}, "Qwen2ForSequenceClassification"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "use_sliding_window"),
+        ({"use_sliding_window": True, "num_hidden_layers": 30}, "sliding_window 4096"),
+        ({"model_type": "llama", "sliding_window": 64}, "sliding_window 64"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"layer_types": ["full_attention"]}, "layer_types holds 1 layers"),
         ({"rope_theta": 1e4, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor"),
+        ({"rope_scaling": {**LLAMA3, "original_max_position_embeddings": None}}, "original_max_position_embeddings"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 3.0}}}, r"rope_parameters\.full_attention"),
+        ({"rope_scaling": {"type": "default", "mrope_section": [2]}}, r"rope_scaling\.mrope_section"),
+        ({"per_layer_config": {"0": {"head_dim": 4}}}, "per_layer_config"),
+        ({"model_type": "llama", "num_attention_heads": 6, "head_dim": 8}, "hidden_size 32"),
         ({"num_experts": 8}, "num_experts"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"attention_dropout": 0.1}, "attention_dropout"),
@@ -108,6 +120,35 @@ def test_defaults_are_those_of_transformers() -> None:
     assert ModelConfig.from_hf(config).rope_theta == 10_000.0
     with pytest.raises(ModelConfigError, match="head_dim"):
         ModelConfig.from_hf({**raw("qwen3"), "head_dim": None})
+
+
+SOURCES = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
+
+
+@pytest.mark.parametrize("model_type", SOURCES)
+def test_every_field_of_transformers_is_accounted_for(model_type: str) -> None:
+    """A release that gives a family another field fails here, until it is read, refused or known to change nothing."""
+    source = SOURCES[model_type]
+    fields = {f.name for f in dataclasses.fields(source)} | set(source().to_dict())
+    assert fields <= READ | WINDOWS | set(NEUTRAL) | CARRIED
+    file = Path(find_spec("transformers").origin).parent / "models" / model_type / f"modeling_{model_type}.py"
+    used = set(re.findall(r"config\.(\w+)", file.read_text())) | set(
+        re.findall(r'getattr\((?:self\.)?config, "(\w+)"', file.read_text())
+    )
+    methods = {"standardize_rope_params", "per_layer_config", "default_theta", "_attn_implementation"}
+    assert used - methods <= READ | WINDOWS | set(NEUTRAL)
+    assert {"vocab_size", "rope_parameters", "attention_dropout"} <= used  # the expression finds what it should
+
+
+@pytest.mark.parametrize("model_type", SOURCES)
+def test_what_is_absent_means_what_it_means_to_transformers(model_type: str) -> None:
+    given = raw(model_type)
+    theirs = SOURCES[model_type](**{k: v for k, v in given.items() if k != "model_type"})
+    ours = ModelConfig.from_hf(given)
+    back = SOURCES[model_type](**{k: v for k, v in ours.to_hf().items() if k != "model_type"})
+    ignored = {"architectures", "dtype", "head_dim", "attention_bias"}
+    assert {k for k, v in theirs.to_dict().items() if back.to_dict()[k] != v} <= ignored
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
 
 
 def test_names_the_file(tmp_path) -> None:

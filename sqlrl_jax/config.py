@@ -54,9 +54,17 @@ class OptimizerConfig(Section):
     """What follows the warm-up. cosine falls to zero over the run."""
 
 
+class LoraConfig(Section):
+    rank: int = Field(0, ge=0, le=4096)
+    """Width of the adapters (arXiv:2106.09685); 0 trains all weights."""
+    alpha: float = Field(16.0, gt=0)
+    """The adapters' output is scaled by alpha / rank."""
+
+
 class ModelPathConfig(Section):
     path: str = "models/quickstart"
     """A Hugging Face checkpoint folder (config.json, safetensors, tokenizer)."""
+    lora: LoraConfig = LoraConfig()
 
 
 class PolicyConfig(Section):

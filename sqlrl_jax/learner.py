@@ -28,6 +28,7 @@ from sqlrl_jax.data.packing import PackedBatch, Sample, pack, samples_of
 from sqlrl_jax.mesh import make_mesh
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.hf import load_hf
+from sqlrl_jax.model.lora import init_adapters, merge
 from sqlrl_jax.model.params import Params, parameter_count
 from sqlrl_jax.rl.advantages import Advantages
 from sqlrl_jax.rl.covariance import select_clip_cov, select_kl_cov
@@ -36,7 +37,7 @@ from sqlrl_jax.rl.losses import PolicyLoss, Sums, add_sums, load_policy_loss
 from sqlrl_jax.rl.objective import means, policy_objective
 from sqlrl_jax.rl.rewards import truncated
 from sqlrl_jax.rl.tokens import make_tokens
-from sqlrl_jax.step import State, Stepper
+from sqlrl_jax.step import Program, State, Stepper
 
 OldPolicy = Literal["rollout", "present", "scored"]
 
@@ -68,25 +69,37 @@ def objective_of(
     return policy_objective(tokens, out.entropy, policy_loss, algorithm)
 
 
+def make_program(config: Config, mesh: Mesh, model_config: ModelConfig, optimizer_steps: int = 0) -> Program:
+    """The compiled step of a run, made without weights. `optimizer_steps` is the run's total, for a cosine schedule."""
+    algorithm = config.trainer.algorithm
+    objective = partial(
+        objective_of, algorithm, load_policy_loss(algorithm.policy_loss_type), old_policy(config.trainer)
+    )
+    return Program(
+        config.trainer.policy,
+        model_config,
+        mesh,
+        objective,
+        temperature=config.generator.sampling_params.temperature or 1.0,
+        total_steps=optimizer_steps,
+    )
+
+
 class Learner:
-    """Parameters, optimizer and the update. `optimizer_steps` is the run's total, which only a cosine schedule needs."""
+    """Parameters, optimizer and the update. `params` are the model's weights: trained, or frozen under adapters."""
 
     def __init__(
         self, config: Config, mesh: Mesh, model_config: ModelConfig, params: Params, optimizer_steps: int = 0
     ) -> None:
         self.config, self.mesh, self.model_config = config, mesh, model_config
-        trainer = config.trainer
-        self._old = old_policy(trainer)
-        policy_loss = load_policy_loss(trainer.algorithm.policy_loss_type)
-        self._stepper = Stepper(
-            trainer.policy,
-            model_config,
-            mesh,
-            params,
-            partial(objective_of, trainer.algorithm, policy_loss, self._old),
-            temperature=config.generator.sampling_params.temperature or 1.0,
-            total_steps=optimizer_steps,
-        )
+        policy = config.trainer.policy
+        self._old = old_policy(config.trainer)
+        program = make_program(config, mesh, model_config, optimizer_steps)
+        if policy.model.lora.rank:
+            adapters = init_adapters(program.trained, mesh, config.trainer.seed, policy.param_dtype)
+            self._stepper = Stepper(program, adapters, params)
+        else:
+            self._stepper = Stepper(program, params)
 
     @property
     def state(self) -> State:
@@ -109,12 +122,12 @@ class Learner:
 
     @property
     def params(self) -> Params:
-        """The present weights. The next update donates them: do not keep them over it."""
-        return self._stepper.state.params
+        """The present weights, under adapters merged with them. The next update donates them: do not keep them over it."""
+        return merge(self._stepper.frozen, self._stepper.state.params, self.config.trainer.policy.model.lora)
 
     def abstract_state(self) -> State:
         """Shapes, dtypes and shardings of `state`."""
-        return self._stepper.abstract_state()
+        return self._stepper.program.abstract_state()
 
     def update(self, trajectories: Sequence[Trajectory], advantages: Advantages) -> dict[str, float]:
         """Trains on a batch of episodes, one advantage each or one a sampled token; returns the metrics named policy/*.
@@ -146,7 +159,7 @@ class Learner:
             row_tokens=policy.row_tokens,
             rows_per_micro_batch=policy.rows_per_micro_batch,
             slot_multiple=policy.logprob_chunk,
-            shards=self._stepper.shards,
+            shards=self._stepper.program.shards,
         )
 
     def _minibatches(self, trajectories: Sequence[Trajectory], advantages: Advantages) -> list[PackedBatch]:
@@ -208,7 +221,7 @@ class Learner:
             "policy/padding_fraction": 1.0 - _ratio(sum(b.tokens for b in batches), sum(b.capacity for b in batches)),
             "policy/optimizer_steps": float(len(steps)),
             "policy/skipped_steps": float(sum(int(m["skipped"]) for _, m in steps)),
-            "policy/compiles": float(self._stepper.compiles),
+            "policy/compiles": float(self._stepper.program.compiles),
         }
         if not steps:  # every question had one reward for all its episodes: nothing to learn from
             return counted
@@ -240,7 +253,8 @@ def build_learner(config: Config, optimizer_steps: int = 0) -> Learner:
     keep_freed_memory()
     compile_cache.enable(config.trainer.compile_cache)
     mesh = make_mesh(config.trainer.mesh)
-    path = config.trainer.policy.model.path
-    model_config = ModelConfig.from_dir(path)
-    params = load_hf(path, model_config, mesh, config.trainer.policy.param_dtype)
+    policy = config.trainer.policy
+    model_config = ModelConfig.from_dir(policy.model.path)
+    dtype = policy.compute_dtype if policy.model.lora.rank else policy.param_dtype
+    params = load_hf(policy.model.path, model_config, mesh, dtype)
     return Learner(config, mesh, model_config, params, optimizer_steps)

@@ -7,6 +7,7 @@ the learner needs the gradient's norm anyway, to skip steps where it is not fini
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,8 +15,7 @@ import optax
 import optax.contrib
 
 from sqlrl_jax.config import ConfigError, OptimizerConfig
-from sqlrl_jax.model.config import ModelConfig
-from sqlrl_jax.model.params import ParamSpec, nest, param_specs
+from sqlrl_jax.model.params import ParamSpec, nest
 
 # Muon's steps are scaled to the size of AdamW's, so that one learning rate serves all parameters (arXiv:2502.16982).
 MUON_RMS = 0.2
@@ -42,11 +42,10 @@ def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimizerConfig, model_config: ModelConfig, total_steps: int
+    config: OptimizerConfig, specs: Mapping[str, ParamSpec], total_steps: int
 ) -> optax.GradientTransformation:
-    """The optax transformation that `config` asks for, over the parameter tree of `model_config`."""
+    """The optax transformation that `config` asks for, over the parameters that `specs` declares."""
     rate, (b1, b2) = schedule(config, total_steps), config.adam_betas
-    specs = param_specs(model_config)
     if config.name == "adamw":
         decayed = nest({path: spec.is_matrix for path, spec in specs.items()})
         return optax.adamw(rate, b1=b1, b2=b2, weight_decay=config.weight_decay, mask=decayed)

@@ -42,7 +42,7 @@ from sqlrl_jax.model.hf import save_hf
 from sqlrl_jax.model.params import param_shardings, parameter_count
 from sqlrl_jax.rl.logprobs import TokenLogprobs
 from sqlrl_jax.rl.losses import Sums, add_sums, cross_entropy
-from sqlrl_jax.step import Stepper
+from sqlrl_jax.step import Program, Stepper
 
 _PLAY_AT_ONCE = 512
 _REPORT_EVERY = 50
@@ -146,15 +146,10 @@ class ColdStart:
         )
         self.epochs = [self._rows(epoch) for epoch in range(config.sft.epochs)]
         self.total = sum(len(rows) // config.trainer.policy.rows_per_micro_batch for rows in self.epochs)
-        self.stepper = Stepper(
-            config.trainer.policy,
-            self.model_config,
-            mesh,
-            make(),
-            objective,
-            temperature=1.0,
-            total_steps=self.total,
+        program = Program(
+            config.trainer.policy, self.model_config, mesh, objective, temperature=1.0, total_steps=self.total
         )
+        self.stepper = Stepper(program, make())
 
     def train(self) -> list[dict[str, float]]:
         """All epochs. Returns what was printed: nll, accuracy (teacher-forced, own tokens) and tokens/s along the way."""
@@ -210,7 +205,7 @@ class ColdStart:
             row_tokens=policy.row_tokens,
             rows_per_micro_batch=policy.rows_per_micro_batch,
             slot_multiple=policy.logprob_chunk,
-            shards=self.stepper.shards,
+            shards=self.stepper.program.shards,
             rows=rows,
         )
 

@@ -1,9 +1,10 @@
 """The compiled optimizer step: gradients of one micro-batch after another are summed, then applied once.
 
-`Stepper` owns the sharded state (parameters, optimizer, counters) and the jitted functions over it. It knows nothing of
-rewards or episodes: an objective turns the log-probabilities of the trained tokens into a summed loss, so reinforcement
-learning and the supervised cold start run the same code. Nothing here waits for the device; the metrics it returns are
-still being computed. Left out: loss scaling, because masters and statistics are float32.
+`Program` is the step without arrays: shapes, shardings and jitted functions, made from a configuration alone, so that it can
+be compiled for devices that are not there. `Stepper` is a program with its state. They know nothing of rewards or
+episodes: an objective turns the log-probabilities of the trained tokens into a summed loss, so reinforcement learning and
+the supervised cold start run the same code. Nothing here waits for the device; the metrics it returns are still being
+computed. Left out: loss scaling, because masters and statistics are float32.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from sqlrl_jax.config import PolicyConfig
-from sqlrl_jax.data.packing import Arrays, PackedBatch
+from sqlrl_jax.data.packing import Arrays, PackedBatch, batch_shapes
 from sqlrl_jax.mesh import RULES, batch_sharding, replicated
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.decoder import Compute, forward, unembedding
-from sqlrl_jax.model.params import Params, param_shardings
+from sqlrl_jax.model.lora import frozen_specs, join, trained_specs
+from sqlrl_jax.model.params import Params, abstract_specs, spec_shardings
 from sqlrl_jax.optimizer import make_optimizer, schedule
 from sqlrl_jax.rl.logprobs import TokenLogprobs, token_logprobs
 from sqlrl_jax.rl.losses import Sums, add_sums
@@ -34,7 +36,8 @@ Objective = Callable[[TokenLogprobs, dict[str, Array]], tuple[Float[Array, ""], 
 
 
 class State(NamedTuple):
-    """All that a step changes. `step` counts applied optimizer steps, `skipped` those with a non-finite gradient.
+    """All that a step changes. `params` are the trained ones: with adapters, these alone. `step` counts applied optimizer
+    steps, `skipped` those with a non-finite gradient.
 
     The leaves are arrays, or in the same places their shapes or shardings; the counters are scalars, int32.
     """
@@ -45,15 +48,19 @@ class State(NamedTuple):
     skipped: Any
 
 
-class Stepper:
-    """Sharded state and the jitted functions over it. The first step overwrites `params`: do not use them again."""
+class Program:
+    """Shapes, shardings and jitted functions of a step over `mesh`; holds no arrays.
+
+    `start(params)` → state; `zeros(params, frozen, batch)` → (gradients, sums); `add(gradients, sums, params, frozen,
+    batch)` adds a micro-batch to those, overwriting them; `apply(state, gradients, total_weight)` → (state, metrics),
+    overwriting the state; `score(params, frozen, batch)` → TokenLogprobs, whole on every device.
+    """
 
     def __init__(
         self,
         policy: PolicyConfig,
         model_config: ModelConfig,
         mesh: Mesh,
-        params: Params,
         objective: Objective,
         *,
         temperature: float,
@@ -64,53 +71,82 @@ class Stepper:
         self.compiles = 0
         self._objective, self._temperature = objective, temperature
         self._compute = Compute(policy.compute_dtype, policy.scan_layers, policy.remat, mesh)
-        self._optimizer = make_optimizer(policy.optimizer_config, model_config, total_steps)
+        lora = policy.model.lora
+        self.trained, self.frozen = trained_specs(model_config, lora), frozen_specs(model_config, lora)
+        self._optimizer = make_optimizer(policy.optimizer_config, self.trained, total_steps)
         self._schedule = schedule(policy.optimizer_config, total_steps)
-        self._shardings = self._state_shardings(params)
+        self.shardings = self._state_shardings()
+        slots = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+        self.batch_shardings = {
+            **dict.fromkeys(("tokens", "positions", "segment_ids"), batch_sharding(mesh)),
+            **dict.fromkeys(("index", "targets", "mask", "episodes", "selected"), slots),
+            **dict.fromkeys(("old_logprobs", "rollout_logprobs", "advantages", "weights"), slots),
+            "count": replicated(mesh),
+        }
         self._build()
-        params = jax.device_put(params, self._shardings.params)
-        step, skipped = (jax.device_put(np.int32(0), replicated(mesh)) for _ in range(2))
-        self.state = State(params, self._init(params), step, skipped)
 
-    def _state_shardings(self, params: Params) -> State:
+    def _build(self) -> None:
+        where, everywhere = self.shardings, replicated(self.mesh)
+        self.start = jax.jit(self._started, out_shardings=where)
+        self.zeros = jax.jit(self._nothing, out_shardings=(where.params, everywhere))
+        self.add = jax.jit(self._accumulate, out_shardings=(where.params, everywhere), donate_argnums=(0, 1))
+        self.apply = jax.jit(self._applied, out_shardings=(where, everywhere), donate_argnums=0)
+        self.score = jax.jit(self._scored, out_shardings=everywhere)
+
+    def _state_shardings(self) -> State:
         """Optimizer moments lie as their parameters do; counters are everywhere."""
-        by_parameter, everywhere = param_shardings(self.model_config, self.mesh), replicated(self.mesh)
+        by_parameter, everywhere = spec_shardings(self.trained, self.mesh), replicated(self.mesh)
         by_path = {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(by_parameter)}
 
         def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
             names = _names(path)
             return next((by_path[names[i:]] for i in range(len(names)) if names[i:] in by_path), everywhere)
 
-        abstract = jax.eval_shape(self._optimizer.init, params)
+        abstract = jax.eval_shape(self._optimizer.init, self.abstract_params())
         return State(by_parameter, jax.tree_util.tree_map_with_path(of, abstract), everywhere, everywhere)
 
-    def _build(self) -> None:
-        where, everywhere = self._shardings, replicated(self.mesh)
-        slots = NamedSharding(self.mesh, PartitionSpec(RULES["batch"]))
-        self._batch_shardings = {
-            **dict.fromkeys(("tokens", "positions", "segment_ids"), batch_sharding(self.mesh)),
-            **dict.fromkeys(("index", "targets", "mask", "episodes", "selected"), slots),
-            **dict.fromkeys(("old_logprobs", "rollout_logprobs", "advantages", "weights"), slots),
-            "count": everywhere,
+    # What the functions are lowered with where there are no arrays.
+
+    def abstract_params(self) -> Params:
+        """Shapes, dtypes and shardings of the trained parameters."""
+        return abstract_specs(self.trained, self.policy.param_dtype, self.mesh)
+
+    def abstract_frozen(self) -> Params:
+        """The same of the parameters that no step changes."""
+        return abstract_specs(self.frozen, self.policy.compute_dtype, self.mesh)
+
+    def abstract_state(self) -> State:
+        """The same of the state: what a checkpoint is restored into."""
+        shapes = jax.eval_shape(self._started, self.abstract_params())
+        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, self.shardings)
+
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The same of a micro-batch of trainer.policy's rows."""
+        shapes = batch_shapes(
+            self.policy.rows_per_micro_batch, self.policy.row_tokens, self.policy.logprob_chunk, self.shards
+        )
+        return {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.batch_shardings[name])
+            for name, (shape, dtype) in shapes.items()
         }
-        self._init = jax.jit(self._optimizer.init, out_shardings=where.opt_state)
-        self._zeros = jax.jit(self._nothing, out_shardings=(where.params, everywhere))
-        self._add = jax.jit(self._accumulate, out_shardings=(where.params, everywhere), donate_argnums=(0, 1))
-        self._apply = jax.jit(self._applied, out_shardings=(where, everywhere), donate_argnums=0)
-        self._score = jax.jit(self._scored, out_shardings=slots)
 
     # The next functions are traced by jit; each trace of a large one is counted as a compilation.
 
-    def _scored(self, params: Params, batch: dict[str, Array]) -> TokenLogprobs:
-        self.compiles += 1
-        return self._logprobs(params, batch)
+    def _started(self, params: Params) -> State:
+        zero = jnp.zeros((), jnp.int32)
+        return State(params, self._optimizer.init(params), zero, zero)
 
-    def _logprobs(self, params: Params, batch: dict[str, Array]) -> TokenLogprobs:
+    def _scored(self, params: Params, frozen: Params, batch: dict[str, Array]) -> TokenLogprobs:
+        self.compiles += 1
+        return self._logprobs(params, frozen, batch)
+
+    def _logprobs(self, params: Params, frozen: Params, batch: dict[str, Array]) -> TokenLogprobs:
+        whole = join(frozen, params, self.policy.model.lora)
         hidden = forward(
-            self.model_config, params, batch["tokens"], batch["positions"], batch["segment_ids"], self._compute
+            self.model_config, whole, batch["tokens"], batch["positions"], batch["segment_ids"], self._compute
         )
         hidden = hidden.reshape(self.shards, -1, hidden.shape[-1])
-        unembed = unembedding(params).astype(hidden.dtype)
+        unembed = unembedding(whole).astype(hidden.dtype)
         return token_logprobs(
             hidden,
             unembed,
@@ -121,24 +157,24 @@ class Stepper:
             chunk=self.policy.logprob_chunk,
         )
 
-    def _gradients(self, params: Params, batch: dict[str, Array]) -> tuple[Params, Sums]:
+    def _gradients(self, params: Params, frozen: Params, batch: dict[str, Array]) -> tuple[Params, Sums]:
         def loss(params: Params) -> tuple[Array, Sums]:
-            total, sums = self._objective(self._logprobs(params, batch), batch)
+            total, sums = self._objective(self._logprobs(params, frozen, batch), batch)
             return total, {"loss": total, **sums}
 
         gradients, sums = jax.grad(loss, has_aux=True)(params)
         return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), sums
 
-    def _nothing(self, params: Params, batch: dict[str, Array]) -> tuple[Params, Sums]:
+    def _nothing(self, params: Params, frozen: Params, batch: dict[str, Array]) -> tuple[Params, Sums]:
         """Zeros to add the first micro-batch to: one compiled program then serves the first and all others."""
-        shapes = jax.eval_shape(self._gradients, params, batch)
+        shapes = jax.eval_shape(self._gradients, params, frozen, batch)
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
 
     def _accumulate(
-        self, gradients: Params, sums: Sums, params: Params, batch: dict[str, Array]
+        self, gradients: Params, sums: Sums, params: Params, frozen: Params, batch: dict[str, Array]
     ) -> tuple[Params, Sums]:
         self.compiles += 1
-        more, more_sums = self._gradients(params, batch)
+        more, more_sums = self._gradients(params, frozen, batch)
         return jax.tree.map(jnp.add, gradients, more), add_sums(sums, more_sums)
 
     def _applied(self, state: State, gradients: Params, total_weight: Array) -> tuple[State, dict[str, Array]]:
@@ -157,30 +193,41 @@ class Stepper:
         metrics = {"grad_norm": norm, "skipped": 1 - applied, "lr": jnp.asarray(self._schedule(state.step))}
         return new._replace(params=kept[0], opt_state=kept[1]), metrics
 
-    def _to_device(self, arrays: Arrays) -> dict[str, Array]:
-        return {k: jax.device_put(v, self._batch_shardings[k]) for k, v in arrays.items()}
+
+class Stepper:
+    """A program with its state. The first step overwrites `params`: do not use them again. `frozen` are the parameters that
+    are not trained, under adapters."""
+
+    def __init__(self, program: Program, params: Params, frozen: Params | None = None) -> None:
+        self.program, self.frozen = program, frozen or {}
+        self.state: State = program.start(jax.device_put(params, program.shardings.params))
 
     def minibatch(self, packed: PackedBatch) -> tuple[Sums, dict[str, Array]]:
         """One optimizer step on a packed minibatch with at least one trained token.
 
         Returns the objective's sums over the whole minibatch, with `loss`, and the step's grad_norm, skipped and lr.
         """
-        gradients, sums = self._zeros(self.state.params, packed.micro_batches[0])
+        params = self.state.params
+        gradients, sums = self.program.zeros(params, self.frozen, packed.micro_batches[0])
         for arrays in packed.micro_batches:
-            gradients, sums = self._add(gradients, sums, self.state.params, self._to_device(arrays))
-        self.state, metrics = self._apply(self.state, gradients, np.float32(packed.total_weight))
+            gradients, sums = self.program.add(gradients, sums, params, self.frozen, self._to_device(arrays))
+        self.state, metrics = self.program.apply(self.state, gradients, np.float32(packed.total_weight))
         return sums, metrics
 
     def logprobs(self, packed: PackedBatch) -> Iterator[TokenLogprobs]:
         """Of each micro-batch: log-probability, entropy and greediness of the trained tokens [shards, slots]."""
         for arrays in packed.micro_batches:
-            yield self._score(self.state.params, self._to_device(arrays))
+            yield self.program.score(self.state.params, self.frozen, self._to_device(arrays))
 
-    def abstract_state(self) -> State:
-        """Shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
-        return jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), self.state, self._shardings
-        )
+    def _to_device(self, arrays: Arrays) -> dict[str, Array]:
+        return {name: put(value, self.program.batch_shardings[name]) for name, value in arrays.items()}
+
+
+def put(value: Any, sharding: NamedSharding) -> Array:
+    """An array that every process holds whole, on the devices: each process fills its own."""
+    if isinstance(value, jax.Array) or sharding.is_fully_addressable:
+        return jax.device_put(value, sharding)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:

@@ -226,6 +226,20 @@ def pack(
     )
 
 
+def batch_shapes(
+    rows: int, row_tokens: int, slot_multiple: int, shards: int
+) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
+    """Shape and dtype of every array of a micro-batch as `pack` makes it."""
+    slots = (shards, -(-(rows // shards) * row_tokens // slot_multiple) * slot_multiple)
+    return {
+        **dict.fromkeys(("tokens", "positions", "segment_ids"), ((rows, row_tokens), np.int32)),
+        **dict.fromkeys(("index", "targets", "episodes"), (slots, np.int32)),
+        **dict.fromkeys(("rollout_logprobs", "advantages", "weights"), (slots, np.float32)),
+        "mask": (slots, np.bool_),
+        "count": ((), np.int32),
+    }
+
+
 def _divisor(sample: Sample) -> float:
     if sample.divisor is not None:
         return sample.divisor
@@ -257,18 +271,9 @@ def _fill(
 ) -> tuple[Arrays, np.ndarray]:
     shards = len(part)
     per_shard = n_rows // shards
-    slots = -(-per_shard * row_tokens // slot_multiple) * slot_multiple
-    rows: Arrays = {k: np.zeros((n_rows, row_tokens), np.int32) for k in ("tokens", "positions", "segment_ids")}
-    flat: Arrays = {
-        "index": np.zeros((shards, slots), np.int32),
-        "targets": np.zeros((shards, slots), np.int32),
-        "rollout_logprobs": np.zeros((shards, slots), np.float32),
-        "advantages": np.zeros((shards, slots), np.float32),
-        "weights": np.zeros((shards, slots), np.float32),
-        "mask": np.zeros((shards, slots), bool),
-        "episodes": np.zeros((shards, slots), np.int32),
-    }
-    owner = np.full((shards, slots), -1, np.int32)
+    shapes = batch_shapes(n_rows, row_tokens, slot_multiple, shards)
+    arrays: Arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
+    owner = np.full(arrays["index"].shape, -1, np.int32)
     used = [0] * shards
     for shard, shard_rows in enumerate(part):
         episode = 0
@@ -278,19 +283,19 @@ def _fill(
                 sample = samples[i]
                 n = len(sample.tokens)
                 span = (shard * per_shard + r, slice(start, start + n))
-                rows["tokens"][span] = sample.tokens
-                rows["positions"][span] = np.arange(n)
-                rows["segment_ids"][span] = segment
+                arrays["tokens"][span] = sample.tokens
+                arrays["positions"][span] = np.arange(n)
+                arrays["segment_ids"][span] = segment
                 at = np.flatnonzero(sample.trained[1:]) + 1  # the token at `at` is predicted one place before
                 to = (shard, slice(used[shard], used[shard] + len(at)))
-                flat["index"][to] = r * row_tokens + start + at - 1
-                flat["targets"][to] = sample.tokens[at]
+                arrays["index"][to] = r * row_tokens + start + at - 1
+                arrays["targets"][to] = sample.tokens[at]
                 for name in ("rollout_logprobs", "advantages", "weights"):
-                    flat[name][to] = getattr(sample, name)[at]
-                flat["mask"][to] = True
-                flat["episodes"][to] = episode
+                    arrays[name][to] = getattr(sample, name)[at]
+                arrays["mask"][to] = True
+                arrays["episodes"][to] = episode
                 owner[to] = i
                 episode += 1
                 used[shard] += len(at)
                 start += n
-    return rows | flat | {"count": np.asarray(max(used), np.int32)}, owner
+    return arrays | {"count": np.asarray(max(used), np.int32)}, owner

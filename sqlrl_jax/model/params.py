@@ -8,12 +8,13 @@ splits over tensor shards by whole heads.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from sqlrl_jax.mesh import param_sharding
 from sqlrl_jax.model.config import ModelConfig
@@ -125,22 +126,26 @@ def init_param(spec: ParamSpec, key: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return (jax.random.normal(key, spec.shape, jnp.float32) * spec.stddev).astype(dtype)
 
 
+def spec_shardings(specs: Mapping[str, ParamSpec], mesh: Mesh) -> Params:
+    """A NamedSharding for every parameter of `specs`, nested as the parameters are."""
+    return nest({path: param_sharding(mesh, spec.axes, spec.units) for path, spec in specs.items()})
+
+
 def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
-    """A NamedSharding for every parameter, nested as the parameters are."""
-    specs = param_specs(config)
-    shardings: dict[str, NamedSharding] = {p: param_sharding(mesh, s.axes, s.units) for p, s in specs.items()}
-    return nest(dict(shardings))
+    """A NamedSharding for every parameter of the decoder."""
+    return spec_shardings(param_specs(config), mesh)
+
+
+def abstract_specs(specs: Mapping[str, ParamSpec], dtype: jnp.dtype | str, mesh: Mesh | None = None) -> Params:
+    """Shapes, dtypes and (with a mesh) shardings, without values: for ahead-of-time compiling and for restoring."""
+
+    def of(spec: ParamSpec) -> jax.ShapeDtypeStruct:
+        sharding = None if mesh is None else param_sharding(mesh, spec.axes, spec.units)
+        return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype), sharding=sharding)
+
+    return nest({path: of(spec) for path, spec in specs.items()})
 
 
 def abstract_params(config: ModelConfig, dtype: jnp.dtype | str = "float32", mesh: Mesh | None = None) -> Params:
-    """Shapes, dtypes and (with a mesh) shardings, without values: for ahead-of-time compiling and for restoring."""
-    return nest(
-        {
-            path: jax.ShapeDtypeStruct(
-                spec.shape,
-                jnp.dtype(dtype),
-                sharding=None if mesh is None else param_sharding(mesh, spec.axes, spec.units),
-            )
-            for path, spec in param_specs(config).items()
-        }
-    )
+    """The decoder's parameters without values."""
+    return abstract_specs(param_specs(config), dtype, mesh)

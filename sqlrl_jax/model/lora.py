@@ -1,0 +1,87 @@
+"""Low-rank adapters (LoRA, arXiv:2106.09685): W x becomes W x + alpha / rank · B A x, and only A and B are trained.
+
+The adapters are more entries in the dict of the layers: `layers.q_a` [L, in, rank] and `layers.q_b` [L, rank, out] beside
+`layers.q`. `join` puts both together, with the scale in B, so the decoder knows neither scale nor rank.
+Left out: dropout, and adapters of the embedding and the head, which no recipe here trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from sqlrl_jax.config import LoraConfig
+from sqlrl_jax.model.config import ModelConfig
+from sqlrl_jax.model.params import Params, ParamSpec, nest, param_specs, spec_shardings
+
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def trained_specs(config: ModelConfig, lora: LoraConfig) -> dict[str, ParamSpec]:
+    """What an optimizer step changes: every parameter, or with a rank above 0 the adapters alone."""
+    if not lora.rank:
+        return param_specs(config)
+    out = {}
+    for name, spec in ((m, param_specs(config)[f"layers.{m}"]) for m in MATRICES):
+        layers, inner, outer = spec.shape
+        out[f"layers.{name}_a"] = ParamSpec(
+            (layers, inner, lora.rank),
+            (*spec.axes[:2], None),
+            (*spec.units[:2], lora.rank),
+            (3 * inner) ** -0.5,
+        )
+        out[f"layers.{name}_b"] = ParamSpec(
+            (layers, lora.rank, outer), (spec.axes[0], None, spec.axes[2]), (layers, lora.rank, spec.units[2]), 0.0
+        )
+    return out
+
+
+def frozen_specs(config: ModelConfig, lora: LoraConfig) -> dict[str, ParamSpec]:
+    """What no optimizer step changes: nothing, or the whole model under its adapters."""
+    return param_specs(config) if lora.rank else {}
+
+
+def init_adapters(specs: Mapping[str, ParamSpec], mesh: Mesh, seed: int, dtype: str) -> Params:
+    """Fresh adapters on the mesh: A uniform within 1/sqrt(in) (Kaiming with a = sqrt(5), as in PEFT), B zero."""
+
+    def make() -> Params:
+        keys = jax.random.split(jax.random.key(seed), len(specs))
+        return nest({path: one(spec, key) for (path, spec), key in zip(specs.items(), keys, strict=True)})
+
+    def one(spec: ParamSpec, key: jax.Array) -> jax.Array:
+        if spec.stddev == 0:
+            return jnp.zeros(spec.shape, dtype)
+        bound = spec.shape[1] ** -0.5
+        return jax.random.uniform(key, spec.shape, jnp.float32, -bound, bound).astype(dtype)
+
+    return jax.jit(make, out_shardings=spec_shardings(specs, mesh))()
+
+
+def join(frozen: Params, trained: Params, lora: LoraConfig) -> Params:
+    """The parameters of a forward pass."""
+    if not lora.rank:
+        return trained
+    scale = lora.alpha / lora.rank
+    adapters: dict[str, Any] = {
+        name: value * jnp.asarray(scale, value.dtype) if name.endswith("_b") else value
+        for name, value in trained["layers"].items()
+    }
+    return frozen | {"layers": frozen["layers"] | adapters}
+
+
+def merge(frozen: Params, trained: Params, lora: LoraConfig) -> Params:
+    """Plain weights W + alpha / rank · A B, in the frozen weights' dtypes; the sum is float32."""
+    if not lora.rank:
+        return trained
+    layers = dict(frozen["layers"])
+    for name in MATRICES:
+        a, b = (trained["layers"][f"{name}_{part}"].astype(jnp.float32) for part in "ab")
+        wide = layers[name].astype(jnp.float32) + jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST) * (
+            lora.alpha / lora.rank
+        )
+        layers[name] = wide.astype(layers[name].dtype)
+    return frozen | {"layers": layers}

@@ -15,6 +15,7 @@ from pydantic import Field, JsonValue, model_validator
 from sqlrl_jax.config_algorithm import AlgorithmConfig
 from sqlrl_jax.config_base import ConfigError as ConfigError
 from sqlrl_jax.config_base import Section
+from sqlrl_jax.config_lora import LoraConfig as LoraConfig
 
 
 class MeshConfig(Section):
@@ -54,13 +55,6 @@ class OptimizerConfig(Section):
     """What follows the warm-up. cosine falls to zero over the run."""
 
 
-class LoraConfig(Section):
-    rank: int = Field(0, ge=0, le=4096)
-    """Width of the adapters (arXiv:2106.09685); 0 trains all weights."""
-    alpha: float = Field(16.0, gt=0)
-    """The adapters' output is scaled by alpha / rank."""
-
-
 class ModelPathConfig(Section):
     path: str = "models/quickstart"
     """A Hugging Face checkpoint folder (config.json, safetensors, tokenizer)."""
@@ -84,6 +78,17 @@ class PolicyConfig(Section):
     """Compile one layer and loop over it; false unrolls all layers (faster for tiny models)."""
     remat: Literal["none", "full"] = "full"
     """full recomputes each layer's activations in the backward pass."""
+
+
+class RefModelConfig(Section):
+    path: str = ""
+    """A Hugging Face checkpoint folder; empty is the policy's own, as it was before training."""
+
+
+class RefConfig(Section):
+    """The reference model of a KL term. It is loaded only where there is one."""
+
+    model: RefModelConfig = RefModelConfig()
 
 
 class TrainerConfig(Section):
@@ -118,6 +123,7 @@ class TrainerConfig(Section):
     mesh: MeshConfig = MeshConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     policy: PolicyConfig = PolicyConfig()
+    ref: RefConfig = RefConfig()
 
     @model_validator(mode="after")
     def _minibatches_fit(self) -> TrainerConfig:

@@ -21,12 +21,18 @@ from sqlrl_jax.model.params import Params, ParamSpec, nest, param_specs, spec_sh
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
+def targets(lora: LoraConfig) -> tuple[str, ...]:
+    """The matrices of a layer that have an adapter, by our names."""
+    named = {name.removesuffix("_proj") for name in lora.target_modules}
+    return tuple(name for name in MATRICES if name in named or "all-linear" in named) if lora.rank else ()
+
+
 def trained_specs(config: ModelConfig, lora: LoraConfig) -> dict[str, ParamSpec]:
     """What an optimizer step changes: every parameter, or with a rank above 0 the adapters alone."""
     if not lora.rank:
         return param_specs(config)
     out = {}
-    for name, spec in ((m, param_specs(config)[f"layers.{m}"]) for m in MATRICES):
+    for name, spec in ((m, param_specs(config)[f"layers.{m}"]) for m in targets(lora)):
         layers, inner, outer = spec.shape
         out[f"layers.{name}_a"] = ParamSpec(
             (layers, inner, lora.rank),
@@ -78,7 +84,7 @@ def merge(frozen: Params, trained: Params, lora: LoraConfig) -> Params:
     if not lora.rank:
         return trained
     layers = dict(frozen["layers"])
-    for name in MATRICES:
+    for name in targets(lora):
         a, b = (trained["layers"][f"{name}_{part}"].astype(jnp.float32) for part in "ab")
         wide = layers[name].astype(jnp.float32) + jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST) * (
             lora.alpha / lora.rank

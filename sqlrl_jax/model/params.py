@@ -38,7 +38,7 @@ class ParamSpec:
     @property
     def is_matrix(self) -> bool:
         """Whether it is a matrix, or a stack of them: what weight decay and Muon act on."""
-        return self.stddev is not None and self.stddev > 0
+        return len(self.shape) - ("layers" in self.axes) == 2
 
 
 class _Dim(NamedTuple):

@@ -148,12 +148,29 @@ class AlgorithmConfig(Section):
     """Subtract entropy_loss_coef times the entropy of the trained tokens' distributions from the loss."""
     entropy_loss_coef: float = Field(0.01, ge=0)
     """Weight of the entropy."""
+    use_kl_loss: bool = False
+    """Add kl_loss_coef times the KL from the reference model (trainer.ref) to the loss."""
+    use_kl_in_reward: bool = False
+    """Subtract it from each episode's reward instead, summed over the tokens as they were drawn."""
+    kl_loss_coef: float = Field(0.001, ge=0)
+    """Weight of the KL, in the loss or in the reward."""
+    kl_estimator_type: Literal["k1", "k2", "k3", "abs"] = "k3"
+    """With d = log pi - log pi_ref: d, d^2/2, exp(-d) - 1 + d, or |d|."""
     overlong_buffer: OverlongBufferConfig = OverlongBufferConfig()
     zero_variance_filter: bool = True
     """Leave questions whose advantages are all zero (group baselines: whose rewards are all equal) out of the update."""
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the reference model is asked for log-probabilities."""
+        return self.use_kl_loss or self.use_kl_in_reward
+
     @model_validator(mode="after")
     def _fits_together(self) -> AlgorithmConfig:
+        if self.use_kl_loss and self.use_kl_in_reward:
+            raise ValueError("use_kl_loss and use_kl_in_reward would count the KL twice: choose one")
+        if self.use_kl_in_reward and self.advantage_estimator == "maxrl":
+            raise ValueError("maxrl divides by the mean reward and needs none below 0: use use_kl_loss instead")
         if self.loss_reduction == "seq_mean_token_sum_norm" and self.max_seq_len is None:
             raise ValueError("loss_reduction seq_mean_token_sum_norm needs max_seq_len, the tokens it divides by")
         if self.off_policy_correction.tis_ratio_type and self.policy_loss_type in CORRECTED_BY_THEMSELVES:

@@ -10,11 +10,13 @@ rl/advantages.py's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
@@ -22,7 +24,7 @@ from jaxtyping import Array, Float
 from rollout.types import Trajectory
 from sqlrl_jax import compile_cache
 from sqlrl_jax.allocator import keep_freed_memory
-from sqlrl_jax.config import Config, TrainerConfig
+from sqlrl_jax.config import Config, ConfigError, TrainerConfig
 from sqlrl_jax.config_algorithm import AlgorithmConfig
 from sqlrl_jax.data.packing import PackedBatch, Sample, pack, samples_of
 from sqlrl_jax.mesh import make_mesh
@@ -32,12 +34,16 @@ from sqlrl_jax.model.lora import init_adapters, merge
 from sqlrl_jax.model.params import Params, parameter_count
 from sqlrl_jax.rl.advantages import Advantages
 from sqlrl_jax.rl.covariance import select_clip_cov, select_kl_cov
+from sqlrl_jax.rl.kl import approximate_kl
 from sqlrl_jax.rl.logprobs import TokenLogprobs
 from sqlrl_jax.rl.losses import PolicyLoss, Sums, add_sums, load_policy_loss
 from sqlrl_jax.rl.objective import means, policy_objective
 from sqlrl_jax.rl.rewards import truncated
 from sqlrl_jax.rl.tokens import make_tokens
 from sqlrl_jax.step import Program, State, Stepper
+
+# What two models of one program may differ in.
+_FREE = ("extra", "eos_token_ids", "bos_token_id", "pad_token_id", "max_position_embeddings")
 
 OldPolicy = Literal["rollout", "present", "scored"]
 
@@ -65,6 +71,7 @@ def objective_of(
         batch["episodes"],
         old_logprobs=out.logprobs if old == "present" else batch.get("old_logprobs"),
         selected=batch.get("selected"),
+        reference_logprobs=batch.get("reference_logprobs"),
     )
     return policy_objective(tokens, out.entropy, policy_loss, algorithm)
 
@@ -86,13 +93,24 @@ def make_program(config: Config, mesh: Mesh, model_config: ModelConfig, optimize
 
 
 class Learner:
-    """Parameters, optimizer and the update. `params` are the model's weights: trained, or frozen under adapters."""
+    """Parameters, optimizer and the update. `params` are the model's weights: trained, or frozen under adapters. The
+    `reference` of a KL term is another model's, or `params` as they are now."""
 
     def __init__(
-        self, config: Config, mesh: Mesh, model_config: ModelConfig, params: Params, optimizer_steps: int = 0
+        self,
+        config: Config,
+        mesh: Mesh,
+        model_config: ModelConfig,
+        params: Params,
+        optimizer_steps: int = 0,
+        reference: Params | None = None,
     ) -> None:
         self.config, self.mesh, self.model_config = config, mesh, model_config
         policy = config.trainer.policy
+        self._reference = reference
+        if config.trainer.algorithm.needs_reference and reference is None:
+            copy = partial(jnp.array, dtype=policy.compute_dtype, copy=True)
+            self._reference = params if policy.model.lora.rank else jax.tree.map(copy, params)
         self._old = old_policy(config.trainer)
         program = make_program(config, mesh, model_config, optimizer_steps)
         if policy.model.lora.rank:
@@ -140,6 +158,10 @@ class Learner:
         if self._old == "scored":
             for packed in batches:
                 packed.put("old_logprobs", [out.logprobs for out in self._stepper.logprobs(packed)])
+        if self.config.trainer.algorithm.use_kl_loss:
+            for packed in batches:
+                scored = self._stepper.logprobs(packed, self._reference)
+                packed.put("reference_logprobs", [out.logprobs for out in scored])
         steps = []
         for _ in range(self.config.trainer.update_epochs_per_batch):
             for packed in batches:
@@ -149,8 +171,20 @@ class Learner:
 
     def evaluate_logprobs(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
         """The present weights' log-probabilities of each episode's sampled tokens, at the sampling temperature."""
+        return self._evaluate(trajectories, None)
+
+    def kl_penalties(self, trajectories: Sequence[Trajectory]) -> np.ndarray:
+        """What use_kl_in_reward takes from each episode's reward: kl_loss_coef times the summed KL of its sampled tokens."""
+        algorithm = self.config.trainer.algorithm
+        sums = []
+        for trajectory, reference in zip(trajectories, self._evaluate(trajectories, self._reference), strict=True):
+            drawn = np.array(trajectory.logprobs)[np.array(trajectory.loss_mask, bool)]
+            sums.append(approximate_kl(drawn, reference, algorithm.kl_estimator_type).sum())
+        return algorithm.kl_loss_coef * np.array(sums)
+
+    def _evaluate(self, trajectories: Sequence[Trajectory], model: Params | None) -> list[np.ndarray]:
         packed = self._pack(samples_of(trajectories, [0.0] * len(trajectories), "token_mean"))
-        return packed.per_sample([np.asarray(out.logprobs) for out in self._stepper.logprobs(packed)])
+        return packed.per_sample([np.asarray(out.logprobs) for out in self._stepper.logprobs(packed, model)])
 
     def _pack(self, samples: list[Sample]) -> PackedBatch:
         policy = self.config.trainer.policy
@@ -257,4 +291,22 @@ def build_learner(config: Config, optimizer_steps: int = 0) -> Learner:
     model_config = ModelConfig.from_dir(policy.model.path)
     dtype = policy.compute_dtype if policy.model.lora.rank else policy.param_dtype
     params = load_hf(policy.model.path, model_config, mesh, dtype)
-    return Learner(config, mesh, model_config, params, optimizer_steps)
+    other = config.trainer.ref.model.path
+    reference = None
+    if config.trainer.algorithm.needs_reference and other:
+        reference = load_hf(other, _same_kind(model_config, other), mesh, policy.compute_dtype)
+    return Learner(config, mesh, model_config, params, optimizer_steps, reference)
+
+
+def _same_kind(config: ModelConfig, path: str) -> ModelConfig:
+    """The reference runs in the policy's program, so only its weights may differ."""
+    other = ModelConfig.from_dir(path)
+    names = [
+        f.name for f in fields(config) if f.name not in _FREE and getattr(other, f.name) != getattr(config, f.name)
+    ]
+    if names:
+        raise ConfigError(
+            f"trainer.ref.model.path {path}: {', '.join(names)} differ from trainer.policy.model.path's; the reference "
+            f"must be a model of the same sizes"
+        )
+    return other

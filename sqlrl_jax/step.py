@@ -53,7 +53,8 @@ class Program:
 
     `start(params)` → state; `zeros(params, frozen, batch)` → (gradients, sums); `add(gradients, sums, params, frozen,
     batch)` adds a micro-batch to those, overwriting them; `apply(state, gradients, total_weight)` → (state, metrics),
-    overwriting the state; `score(params, frozen, batch)` → TokenLogprobs, whole on every device.
+    overwriting the state; `score(params, frozen, batch)` → TokenLogprobs, whole on every device, and `score_whole(params,
+    batch)` the same of a whole model, such as the reference.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Program:
         self.batch_shardings = {
             **dict.fromkeys(("tokens", "positions", "segment_ids"), batch_sharding(mesh)),
             **dict.fromkeys(("index", "targets", "mask", "episodes", "selected"), slots),
-            **dict.fromkeys(("old_logprobs", "rollout_logprobs", "advantages", "weights"), slots),
+            **dict.fromkeys(("rollout_logprobs", "old_logprobs", "reference_logprobs", "advantages", "weights"), slots),
             "count": replicated(mesh),
         }
         self._build()
@@ -92,6 +93,7 @@ class Program:
         self.add = jax.jit(self._accumulate, out_shardings=(where.params, everywhere), donate_argnums=(0, 1))
         self.apply = jax.jit(self._applied, out_shardings=(where, everywhere), donate_argnums=0)
         self.score = jax.jit(self._scored, out_shardings=everywhere)
+        self.score_whole = jax.jit(self._scored_whole, out_shardings=everywhere)
 
     def _state_shardings(self) -> State:
         """Optimizer moments lie as their parameters do; counters are everywhere."""
@@ -137,16 +139,18 @@ class Program:
         return State(params, self._optimizer.init(params), zero, zero)
 
     def _scored(self, params: Params, frozen: Params, batch: dict[str, Array]) -> TokenLogprobs:
-        self.compiles += 1
-        return self._logprobs(params, frozen, batch)
+        return self._scored_whole(join(frozen, params, self.policy.model.lora), batch)
 
-    def _logprobs(self, params: Params, frozen: Params, batch: dict[str, Array]) -> TokenLogprobs:
-        whole = join(frozen, params, self.policy.model.lora)
+    def _scored_whole(self, params: Params, batch: dict[str, Array]) -> TokenLogprobs:
+        self.compiles += 1
+        return self._logprobs(params, batch)
+
+    def _logprobs(self, params: Params, batch: dict[str, Array]) -> TokenLogprobs:
         hidden = forward(
-            self.model_config, whole, batch["tokens"], batch["positions"], batch["segment_ids"], self._compute
+            self.model_config, params, batch["tokens"], batch["positions"], batch["segment_ids"], self._compute
         )
         hidden = hidden.reshape(self.shards, -1, hidden.shape[-1])
-        unembed = unembedding(whole).astype(hidden.dtype)
+        unembed = unembedding(params).astype(hidden.dtype)
         return token_logprobs(
             hidden,
             unembed,
@@ -159,7 +163,8 @@ class Program:
 
     def _gradients(self, params: Params, frozen: Params, batch: dict[str, Array]) -> tuple[Params, Sums]:
         def loss(params: Params) -> tuple[Array, Sums]:
-            total, sums = self._objective(self._logprobs(params, frozen, batch), batch)
+            out = self._logprobs(join(frozen, params, self.policy.model.lora), batch)
+            total, sums = self._objective(out, batch)
             return total, {"loss": total, **sums}
 
         gradients, sums = jax.grad(loss, has_aux=True)(params)
@@ -214,10 +219,15 @@ class Stepper:
         self.state, metrics = self.program.apply(self.state, gradients, np.float32(packed.total_weight))
         return sums, metrics
 
-    def logprobs(self, packed: PackedBatch) -> Iterator[TokenLogprobs]:
-        """Of each micro-batch: log-probability, entropy and greediness of the trained tokens [shards, slots]."""
+    def logprobs(self, packed: PackedBatch, model: Params | None = None) -> Iterator[TokenLogprobs]:
+        """Of each micro-batch: log-probability, entropy and greediness of the trained tokens [shards, slots], under the
+        present weights or those of `model`."""
         for arrays in packed.micro_batches:
-            yield self.program.score(self.state.params, self.frozen, self._to_device(arrays))
+            batch = self._to_device(arrays)
+            if model is None:
+                yield self.program.score(self.state.params, self.frozen, batch)
+            else:
+                yield self.program.score_whole(model, batch)
 
     def _to_device(self, arrays: Arrays) -> dict[str, Array]:
         return {name: put(value, self.program.batch_shardings[name]) for name, value in arrays.items()}

@@ -121,6 +121,8 @@ class Trainer:
                 f"step {self.step + 1}: every prompt is longer than trainer.max_prompt_length = {trainer.max_prompt_length}"
             )
         rewards = final_rewards(usable, self.config)
+        if trainer.algorithm.use_kl_in_reward:
+            rewards -= self.learner.kl_penalties(usable)
         batch = Rewards(rewards, [e.task_id for e in usable], np.array([sum(e.loss_mask) for e in usable]))
         advantages = self.estimator(batch, trainer.algorithm)
         metrics = self.learner.update(usable, advantages) | advantage_metrics(rewards, advantages)

@@ -1,4 +1,4 @@
-"""The summed loss of a micro-batch: policy loss, corrections, entropy; and the sums behind its metrics.
+"""The summed loss of a micro-batch: policy loss, corrections, entropy, KL; and the sums behind its metrics.
 
 Nothing is divided here: the step adds the sums of all micro-batches and devices and divides once by the minibatch's
 divisor. What makes `token_mean` or `sequence_mean` is the weight of each token, made in data/packing.py.
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from sqlrl_jax.config_algorithm import AlgorithmConfig
 from sqlrl_jax.rl.corrections import PER_EPISODE, correct
+from sqlrl_jax.rl.kl import approximate_kl
 from sqlrl_jax.rl.losses import PolicyLoss, Sums
 from sqlrl_jax.rl.tokens import Tokens, episode_sums, only
 
@@ -19,11 +20,12 @@ from sqlrl_jax.rl.tokens import Tokens, episode_sums, only
 def policy_objective(
     tokens: Tokens, entropy: Float[Array, "shards slots"], policy_loss: PolicyLoss, settings: AlgorithmConfig
 ) -> tuple[Float[Array, ""], Sums]:
-    """Sum over the trained tokens of weight x (correction x policy loss - entropy_loss_coef x entropy), and sums.
+    """Sum over the trained tokens of weight x (correction x policy loss - entropy_loss_coef x entropy + kl_loss_coef x KL
+    from the reference), and sums.
 
     Sums over tokens: clip_frac (tokens that a bound held), approx_kl (k3 of the old policy from the present), ratio_mean,
     entropy, logprob_diff and its largest (|present - rollout|), tokens, and those of the corrections; over episodes,
-    under `episodes/`, those of the corrections; episodes.
+    under `episodes/`, those of the corrections; episodes. With use_kl_loss policy_kl, the KL from the reference.
     """
     loss, clipped = policy_loss(tokens, settings)
     sums: Sums = {}
@@ -32,6 +34,10 @@ def policy_objective(
         loss = only(factor != 0, loss) * factor
     if settings.use_entropy_loss:
         loss -= settings.entropy_loss_coef * only(tokens.mask, entropy)
+    if settings.use_kl_loss:
+        kl = approximate_kl(tokens.logprobs, tokens.reference_logprobs, settings.kl_estimator_type, jnp)
+        loss += settings.kl_loss_coef * kl
+        sums["policy_kl"] = jnp.sum(kl)  # 0 in masked places
     total = jnp.sum(only(tokens.mask, loss * tokens.weights))
     return total, jax.lax.stop_gradient(sums | _sums(tokens, clipped, entropy))
 

@@ -20,7 +20,8 @@ class Tokens(NamedTuple):
 
     `logprobs` are the present policy's and carry the gradient; `old_logprobs` those before the update, `rollout_logprobs`
     those the token was drawn with, all at the sampling temperature. `episodes` numbers the episode of each token inside
-    its shard. `selected` marks the tokens that clip_cov and kl_cov treat apart.
+    its shard. `selected` marks the tokens that clip_cov and kl_cov treat apart. `reference_logprobs` are the reference
+    model's, where a KL term needs them.
     """
 
     logprobs: Float[Array, "shards slots"]
@@ -31,6 +32,7 @@ class Tokens(NamedTuple):
     mask: Bool[Array, "shards slots"]
     episodes: Int[Array, "shards slots"]
     selected: Bool[Array, "shards slots"]
+    reference_logprobs: Float[Array, "shards slots"]
 
     @property
     def log_ratio(self) -> Float[Array, "shards slots"]:
@@ -53,21 +55,27 @@ def make_tokens(
     *,
     old_logprobs: Array | None = None,
     selected: Array | None = None,
+    reference_logprobs: Array | None = None,
 ) -> Tokens:
     """Tokens with zeros in all masked places, so that a NaN or a huge number there reaches nothing.
 
-    Without `old_logprobs` the rollout's stand for them; without `selected` nothing is selected.
+    Without `old_logprobs` or `reference_logprobs` the rollout's stand for them; without `selected` nothing is selected.
     """
     rollout = only(mask, rollout_logprobs)
+
+    def fixed(values: Array | None) -> Array:
+        return rollout if values is None else jax.lax.stop_gradient(only(mask, values))
+
     return Tokens(
         logprobs=only(mask, logprobs),
-        old_logprobs=rollout if old_logprobs is None else jax.lax.stop_gradient(only(mask, old_logprobs)),
+        old_logprobs=fixed(old_logprobs),
         rollout_logprobs=rollout,
         advantages=only(mask, advantages),
         weights=only(mask, weights),
         mask=mask,
         episodes=episodes,
         selected=jnp.zeros_like(mask) if selected is None else selected & mask,
+        reference_logprobs=fixed(reference_logprobs),
     )
 
 

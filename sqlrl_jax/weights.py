@@ -24,8 +24,10 @@ from rollout import frames
 from rollout.channel import grpc
 from rollout.client import RolloutClient
 from rollout.stub import BridgeError, Stub, explain
+from sqlrl_jax.config_lora import LoraConfig
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.hf import to_hf_tensors
+from sqlrl_jax.model.peft import to_peft_tensors
 
 ATTEMPTS = 3
 RETRY_SECONDS = 5.0  # for a service to answer again after a broken transfer
@@ -70,8 +72,8 @@ def _place(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int,
 class Pusher:
     """Pushes to all services of `client` as learner (run_id, epoch); `epoch` grows with each start of the run.
 
-    `dtype` is the engine's ("float32", "bfloat16"). `timeout` bounds one transfer, and the time a service keeps the bytes
-    of one that does not go on.
+    `dtype` is the engine's ("float32", "bfloat16"). With the rank of `lora` above 0 what is pushed are adapters, under PEFT's
+    names. `timeout` bounds one transfer, and the time a service keeps the bytes of one that does not go on.
     """
 
     def __init__(
@@ -79,17 +81,19 @@ class Pusher:
         client: RolloutClient,
         model_config: ModelConfig,
         dtype: str,
+        lora: LoraConfig | None = None,
         *,
         run_id: str,
         epoch: int,
         timeout: float = 300.0,
     ) -> None:
         self._client, self._run, self._epoch, self._timeout = client, run_id, epoch, timeout
-        self._convert = jax.jit(partial(to_hf_tensors, config=model_config, dtype=dtype))
+        named = partial(to_peft_tensors, lora=lora) if lora and lora.rank else to_hf_tensors
+        self._convert = jax.jit(partial(named, config=model_config, dtype=dtype))
         client.identify(run_id, epoch)
 
     def push(self, params: Any, version: int) -> dict[str, float]:
-        """Makes `params` the weights of every service as `version`; returns seconds and bytes as bridge/… metrics.
+        """Makes trained `params` the weights of every service as `version`; returns seconds and bytes as bridge/… metrics.
 
         Idempotent: a service that has this version already is left alone. Raises PushError naming the service.
         """

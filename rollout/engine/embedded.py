@@ -30,8 +30,8 @@ from rollout.types import Generation, SamplingParams, TensorSpec
 from sqlrl_jax import compile_cache, slots
 from sqlrl_jax.config import Config
 from sqlrl_jax.model.config import ModelConfig
-from sqlrl_jax.model.hf import from_hf_tensors, hf_manifest, load_hf
 from sqlrl_jax.model.hf_files import CheckpointError
+from sqlrl_jax.model.served import Served
 
 _log = logging.getLogger(__name__)
 
@@ -86,7 +86,8 @@ class EmbeddedEngine(Engine):
         self._max_sequences = generator.inference_engine.max_sequences
         self._barrier_timeout = barrier_timeout
         self._slots = slots.Slots(self.model_config, self._dtype, generator.inference_engine.decode_chunk)
-        self._slots.load(load_hf(self.tokenizer_dir, self.model_config, dtype=self._dtype))
+        self._served = Served(config.trainer.policy.model, self.model_config, self._dtype)
+        self._slots.load(self._served.start())
         self._version = 0
         self._stop_ids: dict[tuple[str, ...], frozenset[int]] = {}
 
@@ -120,12 +121,12 @@ class EmbeddedEngine(Engine):
             return session
 
     def manifest(self) -> list[TensorSpec]:
-        return hf_manifest(self.model_config, self._dtype)
+        return self._served.manifest()
 
     def apply_weights(self, tensors: Mapping[str, Any], version: int) -> None:
         copies = {name: np.array(value) for name, value in tensors.items()}  # the caller may overwrite its memory
         try:
-            params = from_hf_tensors(copies, self.model_config, self._dtype)
+            params = self._served.params(copies)
         except CheckpointError as error:
             raise EngineError(f"weights of version {version} were refused: {error}") from error
         with self._computing:

@@ -27,22 +27,22 @@ def targets(lora: LoraConfig) -> tuple[str, ...]:
     return tuple(name for name in MATRICES if name in named or "all-linear" in named) if lora.rank else ()
 
 
+def adapter_specs(spec: ParamSpec, rank: int) -> tuple[ParamSpec, ParamSpec]:
+    """A and B beside the stacked matrix `spec`: each split as the side of the matrix it touches, the rank never."""
+    (layers, inner, outer), (stack, into, out) = spec.shape, spec.axes
+    a = ParamSpec((layers, inner, rank), (stack, into, None), (*spec.units[:2], rank), (3 * inner) ** -0.5)
+    b = ParamSpec((layers, rank, outer), (stack, None, out), (layers, rank, spec.units[2]), 0.0)
+    return a, b
+
+
 def trained_specs(config: ModelConfig, lora: LoraConfig) -> dict[str, ParamSpec]:
     """What an optimizer step changes: every parameter, or with a rank above 0 the adapters alone."""
+    specs = param_specs(config)
     if not lora.rank:
-        return param_specs(config)
+        return specs
     out = {}
-    for name, spec in ((m, param_specs(config)[f"layers.{m}"]) for m in targets(lora)):
-        layers, inner, outer = spec.shape
-        out[f"layers.{name}_a"] = ParamSpec(
-            (layers, inner, lora.rank),
-            (*spec.axes[:2], None),
-            (*spec.units[:2], lora.rank),
-            (3 * inner) ** -0.5,
-        )
-        out[f"layers.{name}_b"] = ParamSpec(
-            (layers, lora.rank, outer), (spec.axes[0], None, spec.axes[2]), (layers, lora.rank, spec.units[2]), 0.0
-        )
+    for path in (f"layers.{name}" for name in targets(lora)):
+        out[f"{path}_a"], out[f"{path}_b"] = adapter_specs(specs[path], lora.rank)
     return out
 
 

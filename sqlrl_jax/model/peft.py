@@ -1,7 +1,7 @@
 """Adapters as PEFT folders and under PEFT's names: what SGLang and the peft library load, and what a push sends.
 
     adapter_config.json         rank, alpha, target modules, the base model's folder
-    adapter_model.safetensors   base_model.model.model.layers.N.self_attn.q_proj.lora_A.weight [rank, in], lora_B [out, rank] …
+    adapter_model.safetensors   base_model.model.model.layers.N.self_attn.q_proj.lora_A.weight [rank, in], lora_B [out, rank]
 
 A folder is checked whole when it is read: a variant whose arithmetic is another one (rsLoRA, DoRA, trained biases, ranks
 that differ from layer to layer) is refused by name. Left out: several adapters in one folder.

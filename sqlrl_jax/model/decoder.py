@@ -49,18 +49,23 @@ class Compute:
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians per position for each pair of a head's dimensions: float32 [head_dim / 2]."""
+    """Radians per position for each pair of a head's dimensions: float32 [head_dim / 2].
+
+    Rounded as transformers rounds them, operation by operation. At position 30,000 the last bit of a frequency is a
+    thousandth of a radian, which moves a logit by more than 1e-4.
+    """
+    one = np.float32(1.0)
     exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequency = (1.0 / np.power(np.float32(config.rope_theta), exponent)).astype(np.float32)
+    frequency = one / np.power(config.rope_theta, exponent.astype(np.float64)).astype(np.float32)
     scaling = config.rope_scaling
     if scaling is None:
         return frequency
     # Llama 3.1: https://github.com/meta-llama/llama-models, apply_scaling
-    wavelength = 2 * np.pi / frequency
-    original = scaling.original_max_position_embeddings
-    smooth = (original / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = np.clip(smooth, 0.0, 1.0)
-    return (frequency * (kept + (1 - kept) / scaling.factor)).astype(np.float32)
+    low, high, factor = (np.float32(n) for n in (scaling.low_freq_factor, scaling.high_freq_factor, scaling.factor))
+    wavelength = np.float32(2 * np.pi) * (one / frequency)
+    turns = np.float32(scaling.original_max_position_embeddings) * (one / wavelength)
+    kept = np.clip((turns - low) / (high - low), np.float32(0.0), one)
+    return (one - kept) * frequency / factor + kept * frequency
 
 
 def rope_table(config: ModelConfig, positions: Int[Array, "B S"]) -> Rope:

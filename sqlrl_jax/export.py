@@ -6,12 +6,12 @@ An imported folder is again a Hugging Face folder, checked name by name and in o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from rollout.types import TensorSpec
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.hf import Reader, hf_manifest, hf_table, save_hf
 from sqlrl_jax.model.hf_files import CheckpointError, write_checkpoint
@@ -47,12 +47,13 @@ def import_model(hf_dir: str | Path, out: str | Path, dtype: str | None = None) 
     with Reader(hf_dir, config) as reader:
         kept = dtype or reader.dtype()
 
-        def tensors() -> Iterator[tuple[str, np.ndarray]]:
-            for entry in hf_table(config):
-                value = reader.read(entry, dtype=kept)
-                yield entry.name, value.T if entry.transpose else value
+        entries = {entry.name: entry for entry in hf_table(config)}
 
-        write_checkpoint(Path(out), hf_manifest(config, kept), tensors(), config.to_hf(kept), hf_dir)
+        def produce(spec: TensorSpec) -> np.ndarray:
+            value = reader.read(entries[spec.name], dtype=kept)
+            return value.T if entries[spec.name].transpose else value
+
+        write_checkpoint(Path(out), hf_manifest(config, kept), produce, config.to_hf(kept), hf_dir)
     return Report(Path(out), config.model_type, parameter_count(config), kept)
 
 

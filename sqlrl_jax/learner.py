@@ -9,6 +9,7 @@ rl/advantages.py's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
@@ -26,12 +27,14 @@ from sqlrl_jax import compile_cache
 from sqlrl_jax.allocator import keep_freed_memory
 from sqlrl_jax.config import Config, ConfigError, TrainerConfig
 from sqlrl_jax.config_algorithm import AlgorithmConfig
+from sqlrl_jax.config_lora import LoraConfig
 from sqlrl_jax.data.packing import PackedBatch, Sample, pack, samples_of
 from sqlrl_jax.mesh import make_mesh
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.hf import load_hf
 from sqlrl_jax.model.lora import init_adapters, merge
 from sqlrl_jax.model.params import Params, parameter_count
+from sqlrl_jax.model.peft import load_peft
 from sqlrl_jax.rl.advantages import Advantages
 from sqlrl_jax.rl.covariance import select_clip_cov, select_kl_cov
 from sqlrl_jax.rl.kl import approximate_kl
@@ -43,7 +46,7 @@ from sqlrl_jax.rl.tokens import make_tokens
 from sqlrl_jax.step import Program, State, Stepper
 
 # What two models of one program may differ in.
-_FREE = ("extra", "eos_token_ids", "bos_token_id", "pad_token_id", "max_position_embeddings")
+_FREE = ("dtype", "extra", "eos_token_ids", "bos_token_id", "pad_token_id", "max_position_embeddings")
 
 OldPolicy = Literal["rollout", "present", "scored"]
 
@@ -108,16 +111,20 @@ class Learner:
         self.config, self.mesh, self.model_config = config, mesh, model_config
         policy = config.trainer.policy
         self._reference = reference
-        if config.trainer.algorithm.needs_reference and reference is None:
-            copy = partial(jnp.array, dtype=policy.compute_dtype, copy=True)
-            self._reference = params if policy.model.lora.rank else jax.tree.map(copy, params)
         self._old = old_policy(config.trainer)
         program = make_program(config, mesh, model_config, optimizer_steps)
-        if policy.model.lora.rank:
+        if self.lora.path:
+            adapters = load_peft(self.lora.path, model_config, self.lora, policy.param_dtype)
+            self._stepper = Stepper(program, adapters, params)
+        elif self.lora.rank:
             adapters = init_adapters(program.trained, mesh, config.trainer.seed, policy.param_dtype)
             self._stepper = Stepper(program, adapters, params)
         else:
             self._stepper = Stepper(program, params)
+        if config.trainer.algorithm.needs_reference and reference is None:
+            copy = partial(jnp.array, dtype=policy.compute_dtype, copy=True)
+            start = self.params if self.lora.path else params  # fresh adapters change nothing
+            self._reference = start if self.lora.rank else jax.tree.map(copy, start)
 
     @property
     def state(self) -> State:
@@ -129,19 +136,29 @@ class Learner:
         self._stepper.state = state
 
     @property
+    def lora(self) -> LoraConfig:
+        """The adapters; of rank 0 where all weights are trained."""
+        return self.config.trainer.policy.model.lora
+
+    @property
     def tokenizer_dir(self) -> Path:
-        """Where the model's tokenizer is."""
+        """Where the model and its tokenizer are."""
         return Path(self.config.trainer.policy.model.path)
 
     @property
     def parameter_count(self) -> int:
-        """Trained numbers in the model."""
+        """Numbers in the model, trained or not; adapters apart."""
         return parameter_count(self.model_config)
+
+    @property
+    def trained_count(self) -> int:
+        """Numbers that are trained."""
+        return sum(math.prod(spec.shape) for spec in self._stepper.program.trained.values())
 
     @property
     def params(self) -> Params:
         """The present weights, under adapters merged with them. The next update donates them: do not keep them over it."""
-        return merge(self._stepper.frozen, self._stepper.state.params, self.config.trainer.policy.model.lora)
+        return merge(self._stepper.frozen, self._stepper.state.params, self.lora)
 
     def abstract_state(self) -> State:
         """Shapes, dtypes and shardings of `state`."""

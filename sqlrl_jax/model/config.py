@@ -96,6 +96,8 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     pad_token_id: int | None = None
+    dtype: str = field(default="float32", compare=False)
+    """Type of the checkpoint's weights: what an export is written in. Masters and products have settings of their own."""
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Fields of `config.json` that change nothing here and go back into an export."""
 
@@ -156,6 +158,7 @@ class ModelConfig:
             eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,),
             bos_token_id=tokens.get("bos_token_id"),
             pad_token_id=tokens.get("pad_token_id"),
+            dtype=_dtype(config),
             extra={k: v for k, v in config.items() if k not in READ},
         )
 
@@ -176,9 +179,11 @@ class ModelConfig:
         except ModelConfigError as error:
             raise ModelConfigError(f"{file}: {error}") from None
 
-    def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
-        """A `config.json` for weights of `dtype`. RoPE stands there twice: `rope_parameters` is what transformers 5
-        reads, `rope_theta` and `rope_scaling` what everything older reads."""
+    def to_hf(self, dtype: str | None = None) -> dict[str, Any]:
+        """A `config.json` for weights of `dtype` (default: the checkpoint's own).
+
+        RoPE stands there twice: `rope_parameters` is what transformers 5 reads, `rope_theta` and `rope_scaling` what
+        everything older reads."""
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self.rope_theta}
         if self.rope_scaling is not None:
             rope |= {"rope_type": "llama3", **vars(self.rope_scaling)}
@@ -198,7 +203,7 @@ class ModelConfig:
             "eos_token_id": self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else list(self.eos_token_ids) or None,
             "bos_token_id": self.bos_token_id,
             "pad_token_id": self.pad_token_id,
-            "dtype": dtype,
+            "dtype": dtype or self.dtype,
         }
         if self.rope_scaling is not None:
             out["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
@@ -237,6 +242,13 @@ def _refuse_windows(config: Mapping[str, Any], model_type: str) -> None:
         raise ModelConfigError(
             f"sliding_window {window} (use_sliding_window) holds for layers from {first or 0} on: it is not supported"
         )
+
+
+def _dtype(config: Mapping[str, Any]) -> str:
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ModelConfigError(f"dtype {dtype!r} is not supported: float32, bfloat16 or float16 is needed")
+    return dtype
 
 
 def _key_value_heads(config: Mapping[str, Any], model_type: str) -> int:

@@ -1,17 +1,20 @@
 """Weights to and from Hugging Face safetensors: one table of names, checked exhaustively both ways.
 
 `hf_table` pairs every Hugging Face name with a parameter path, a layer and whether the matrix is transposed; reading,
-writing, pushing and the manifest all follow it. Reading goes tensor by tensor and, with a mesh, only the slices of each
-shard, so no host holds the model whole. Left out: pickled .bin files (loading one runs code) and quantised weights; and
-saving from several hosts at once, where no process sees every shard.
+writing, pushing and the manifest all follow it. Reading goes piece by piece and, with a mesh, only the slices that a
+process's own devices hold. Saving goes tensor by tensor: where a process does not see every shard, the tensor is gathered
+on all devices for a moment, and one process fetches and writes it. So no host ever holds the model whole.
+Left out: pickled .bin files (loading one runs code) and quantised weights.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +22,19 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 
 from rollout.types import TensorSpec
+from sqlrl_jax.exchange import exchange
 from sqlrl_jax.mesh import param_sharding
 from sqlrl_jax.model.config import ModelConfig
-from sqlrl_jax.model.hf_files import CheckpointError, read_index, write_checkpoint
+from sqlrl_jax.model.hf_files import DTYPES, SHARD_BYTES, CheckpointError, Crew, read_index, write_checkpoint
 from sqlrl_jax.model.params import Params, ParamSpec, flatten, nest, param_specs
 
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_DTYPES = {theirs: ours for ours, theirs in DTYPES.items()}
+_PIECE_BYTES = 256_000_000
+"""Stacked layers are read in pieces of this many bytes, but at least one layer."""
 # Written by old releases of transformers; computed from config.json here.
 _IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -188,7 +194,10 @@ class Reader:
     def read(self, entry: Entry, index: tuple[slice, ...] = (), dtype: str = "float32") -> np.ndarray:
         """One tensor in our orientation, or the part of it that `index` selects."""
         index = index or (slice(None),) * len(entry.shape)
-        value = self._slices[entry.name][index[::-1] if entry.transpose else index]
+        try:
+            value = self._slices[entry.name][index[::-1] if entry.transpose else index]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self._files[entry.name]}: {entry.name} cannot be read ({error})") from error
         return (value.T if entry.transpose else value).astype(_numpy_dtype(dtype))
 
 
@@ -197,11 +206,17 @@ def _numpy_dtype(name: str) -> np.dtype:
 
 
 def load_hf(
-    directory: str | Path, config: ModelConfig | None = None, mesh: Mesh | None = None, dtype: str = "float32"
+    directory: str | Path,
+    config: ModelConfig | None = None,
+    mesh: Mesh | None = None,
+    dtype: str = "float32",
+    piece_bytes: int = _PIECE_BYTES,
 ) -> Params:
     """The parameters of a checkpoint folder, split over `mesh` (or on the first device).
 
-    Raises CheckpointError for a missing, unexpected, wrongly shaped or damaged tensor, ModelConfigError for config.json.
+    A host holds `piece_bytes` of them at a time, or one tensor where that is more. Every process of the mesh must call
+    this. Raises CheckpointError for a missing, unexpected, wrongly shaped or damaged tensor, ModelConfigError for
+    config.json.
     """
     config = config or ModelConfig.from_dir(directory)
     entries: dict[str, list[Entry]] = {}
@@ -209,49 +224,88 @@ def load_hf(
         entries.setdefault(entry.path, []).append(entry)
     with Reader(directory, config) as reader:
         specs = param_specs(config)
-        return nest({p: _place(reader, specs[p], entries[p], mesh, dtype) for p in specs})
+        return nest({p: _place(reader, specs[p], entries[p], mesh, dtype, piece_bytes) for p in specs})
 
 
-def _place(reader: Reader, spec: ParamSpec, entries: list[Entry], mesh: Mesh | None, dtype: str) -> jax.Array:
-    if mesh is None:
-        sharding: Any = SingleDeviceSharding(jax.local_devices()[0])
-    else:
+def _place(
+    reader: Reader, spec: ParamSpec, entries: list[Entry], mesh: Mesh | None, dtype: str, piece_bytes: int
+) -> jax.Array:
+    sharding: Sharding = SingleDeviceSharding(jax.local_devices()[0])
+    if mesh is not None:
         sharding = param_sharding(mesh, spec.axes, spec.units)
 
-    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
-        index = index or (slice(None),) * len(spec.shape)
-        # safetensors wants plain bounds
-        index = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, spec.shape, strict=True))
-        if entries[0].layer is None:
-            return reader.read(entries[0], index, dtype)
-        out = np.empty([s.stop - s.start for s in index], _numpy_dtype(dtype))
-        for row, entry in enumerate(entries[index[0]]):
-            out[row] = reader.read(entry, index[1:], dtype)
-        return out
+    def read(first: int, count: int) -> jax.Array:
+        """Some of the layers; all of the parameter where it has none."""
+        shape = spec.shape if entries[0].layer is None else (count, *spec.shape[1:])
 
-    return jax.make_array_from_callback(spec.shape, sharding, shard)
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            index = index or (slice(None),) * len(shape)
+            # safetensors wants plain bounds
+            index = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True))
+            if entries[0].layer is None:
+                return reader.read(entries[0], index, dtype)
+            out = np.empty([s.stop - s.start for s in index], _numpy_dtype(dtype))
+            for row, entry in enumerate(entries[first : first + count][index[0]]):
+                out[row] = reader.read(entry, index[1:], dtype)
+            return out
+
+        return jax.make_array_from_callback(shape, sharding, shard)
+
+    # The whole mesh's bytes, not this process's: every process must go through the same pieces.
+    at_once = max(1, piece_bytes // (math.prod(entries[0].shape) * _numpy_dtype(dtype).itemsize))
+    if at_once >= len(entries):
+        return read(0, len(entries))
+    whole = jax.jit(lambda: jnp.zeros(spec.shape, dtype), out_shardings=sharding)()
+    for first in range(0, len(entries), at_once):
+        piece = read(first, min(at_once, len(entries) - first))
+        whole = _insert(whole, piece, first).block_until_ready()  # or the host would run ahead with reading
+    return whole
+
+
+@partial(jax.jit, donate_argnums=0)
+def _insert(whole: jax.Array, piece: jax.Array, first: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(whole, piece, first, axis=0)
 
 
 def save_hf(
     directory: str | Path,
     params: Params,
     config: ModelConfig,
-    dtype: str = "float32",
+    dtype: str | None = None,
     tokenizer_source: str | Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a Hugging Face checkpoint folder that transformers loads: weights, config.json, and the tokenizer and chat
-    template of `tokenizer_source`. The folder appears whole or not at all; a checkpoint that is there is replaced."""
-    flat = flatten(params)
+    """Write a Hugging Face checkpoint folder that transformers loads: weights in `dtype` (default: the model's own),
+    config.json, and the tokenizer and chat template of `tokenizer_source`. The folder appears whole or not at all; a
+    checkpoint that is there is replaced. Every process that holds a part of `params` must call this."""
+    flat, entries, kept = flatten(params), {e.name: e for e in hf_table(config)}, dtype or config.dtype
 
-    def convert(value: jax.Array, layer: jax.Array | None, transpose: bool) -> jax.Array:
+    def produce(spec: TensorSpec) -> jax.Array:
+        entry = entries[spec.name]
+        value = jnp.asarray(flat[entry.path])
+        layer = None if entry.layer is None else np.int32(entry.layer)
+        split, everywhere = value.sharding, None
+        if isinstance(split, NamedSharding) and not value.is_fully_addressable:
+            everywhere = NamedSharding(split.mesh, PartitionSpec())
+        return _converter(everywhere)(value, layer, entry.transpose, kept)
+
+    write_checkpoint(
+        Path(directory),
+        hf_manifest(config, kept),
+        produce,
+        config.to_hf(kept),
+        tokenizer_source,
+        shard_bytes,
+        Crew(jax.process_index(), jax.process_count(), exchange),
+    )
+
+
+@cache
+def _converter(sharding: Sharding | None) -> Callable[..., jax.Array]:
+    """One tensor of a parameter in Hugging Face's orientation. Compiled once for each kind, however often one saves."""
+
+    def convert(value: jax.Array, layer: jax.Array | None, transpose: bool, dtype: str) -> jax.Array:
         part = value if layer is None else jax.lax.dynamic_index_in_dim(value, layer, keepdims=False)
         return (part.T if transpose else part).astype(jnp.dtype(dtype))
 
-    jitted = jax.jit(convert, static_argnums=2)
-
-    def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        for e in hf_table(config):
-            layer = None if e.layer is None else jnp.int32(e.layer)
-            yield e.name, np.asarray(jitted(jnp.asarray(flat[e.path]), layer, e.transpose))
-
-    write_checkpoint(Path(directory), hf_manifest(config, dtype), tensors(), config.to_hf(dtype), tokenizer_source)
+    return jax.jit(convert, static_argnums=(2, 3), out_shardings=sharding)

@@ -1,27 +1,32 @@
 """The files of a Hugging Face checkpoint folder: which ones hold weights, and writing a folder all at once.
 
 A folder is written beside its place and moved there when it is complete, so a run that dies never leaves half a model.
+Several processes write one folder together, each whole files of its own: a safetensors file holds whole tensors, and one
+that several processes write into would need a file system that orders their writes.
 Nothing here knows the decoder, and nothing needs jax.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from rollout.errors import UserError
 from rollout.types import TensorSpec
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 4_000_000_000
+# A dtype's name here and in safetensors.
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # What a tokenizer, its chat template and generation need; everything else in a source folder stays there.
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"),
@@ -57,12 +62,17 @@ def read_index(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
+def _size(spec: TensorSpec) -> int:
+    """Bytes of a tensor."""
+    return math.prod(spec.shape) * (4 if spec.dtype == "float32" else 2)
+
+
 def plan_shards(manifest: Iterable[TensorSpec], limit: int = SHARD_BYTES) -> list[list[TensorSpec]]:
     """Tensors in order, as many to a file as fit in `limit` bytes (at least one)."""
     shards: list[list[TensorSpec]] = []
     used = 0
     for spec in manifest:
-        size = int(np.prod(spec.shape)) * (4 if spec.dtype == "float32" else 2)
+        size = _size(spec)
         if not shards or used + size > limit:
             shards.append([])
             used = 0
@@ -71,51 +81,137 @@ def plan_shards(manifest: Iterable[TensorSpec], limit: int = SHARD_BYTES) -> lis
     return shards
 
 
+@dataclass(frozen=True)
+class Crew:
+    """The processes that write one folder together. `exchange` gives every process's text to all."""
+
+    index: int = 0
+    count: int = 1
+    exchange: Callable[[str], list[str]] = lambda text: [text]
+
+
 def write_checkpoint(
     directory: Path,
     manifest: list[TensorSpec],
-    tensors: Iterable[tuple[str, np.ndarray]],
+    produce: Callable[[TensorSpec], Any],
     config: dict[str, Any],
     tokenizer_source: str | Path | None,
     shard_bytes: int = SHARD_BYTES,
+    crew: Crew | None = None,
 ) -> None:
-    """Write `tensors` (in the manifest's order), config.json and the tokenizer of `tokenizer_source` as one folder."""
+    """Write a checkpoint folder, whole or not at all; a checkpoint that is there already is replaced.
+
+    Every process of the crew calls `produce` for every tensor in one order, so that it may run on all devices, and only
+    the process that writes the tensor's file fetches what it returns. No process holds more than a tensor, each writes
+    files of its own at the same time as the others, and the bytes do not depend on how many they are. Raises
+    CheckpointError, on all processes when one of them fails.
+    """
+    crew = crew or Crew()
+    partial = directory.parent / f".{directory.name}.partial-{crew.exchange(str(os.getpid()))[0]}"
+    chief = crew.index == 0
+
+    def finish() -> None:
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        copy_tokenizer(tokenizer_source, partial)
+        _move(partial, directory)
+
+    try:
+        _together(crew, directory, lambda: _begin(directory, partial) if chief else None)
+        _write_weights(directory, partial, plan_shards(manifest, shard_bytes), produce, crew)
+        _together(crew, directory, lambda: finish() if chief else None)
+    finally:
+        if chief:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _together(crew: Crew, directory: Path, work: Callable[[], None]) -> None:
+    """Do a part of the writing; raise CheckpointError on every process when it failed on one."""
+    fault = ""
+    try:
+        work()
+    except CheckpointError as error:
+        fault = str(error)
+    except OSError as error:
+        fault = f"{directory} could not be written: {error}"
+    faults = [told for told in crew.exchange(fault) if told]
+    if faults:
+        raise CheckpointError(fault or faults[0])
+
+
+def _begin(directory: Path, partial: Path) -> None:
     if directory.exists() and not (directory / "config.json").is_file() and any(directory.iterdir()):
         raise CheckpointError(f"{directory} exists and is not a checkpoint folder: name an empty or a new one")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = directory.parent / f".{directory.name}.partial-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    try:
-        _write_weights(partial, plan_shards(manifest, shard_bytes), iter(tensors))
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        copy_tokenizer(tokenizer_source, partial)
-        for file in partial.iterdir():
-            file.chmod(0o644)  # safetensors makes its files private
-        _move(partial, directory)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{directory} could not be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_weights(folder: Path, shards: list[list[TensorSpec]], tensors: Iterator[tuple[str, np.ndarray]]) -> None:
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, specs in enumerate(shards, 1):
-        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        held: dict[str, np.ndarray] = {}
+def _write_weights(
+    directory: Path, folder: Path, shards: list[list[TensorSpec]], produce: Callable[[TensorSpec], Any], crew: Crew
+) -> None:
+    """The files of weights, as many side by side as there are processes, and their index."""
+    total = len(shards)
+    names = [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)] if total > 1 else [SINGLE]
+    file: _File | None = None
+    fault: Exception | None = None
+    for number, spec in _in_turns(shards, crew.count):
+        value = produce(spec)  # on every process, even after a fault: it may be a computation of all devices
+        if number % crew.count != crew.index or fault is not None:
+            continue
+        try:
+            if file is None:
+                file = _File(folder / names[number], shards[number])
+            if file.add(value):
+                file = None
+        except (OSError, CheckpointError) as error:
+            fault = error
+
+    def index() -> None:
+        if fault is not None:
+            raise fault
+        if crew.index == 0 and total > 1:
+            weight_map = {spec.name: name for name, specs in zip(names, shards, strict=True) for spec in specs}
+            size = sum(_size(spec) for specs in shards for spec in specs)
+            text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=2)
+            (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+
+    _together(crew, directory, index)
+
+
+def _in_turns(shards: list[list[TensorSpec]], count: int) -> Iterator[tuple[int, TensorSpec]]:
+    """(number of the file, tensor) in the one order in which all processes produce them: `count` files side by side."""
+    for first in range(0, len(shards), count):
+        for turn in zip_longest(*shards[first : first + count]):
+            yield from ((first + i, spec) for i, spec in enumerate(turn) if spec is not None)
+
+
+class _File:
+    """A safetensors file, written tensor by tensor: the library's own writer wants them all in memory."""
+
+    def __init__(self, path: Path, specs: list[TensorSpec]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
         for spec in specs:
-            name, value = next(tensors)
-            if (name, tuple(value.shape), str(value.dtype)) != (spec.name, spec.shape, spec.dtype):
-                raise CheckpointError(f"{name} {value.dtype}{value.shape} was produced where {spec} is expected")
-            held[name] = np.ascontiguousarray(value)  # save_file writes the buffer, whatever the strides say
-            total += value.nbytes
-            weight_map[name] = file
-        save_file(held, folder / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            start, end = end, end + _size(spec)
+            header[spec.name] = {"dtype": DTYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
+        raw = json.dumps(header, separators=(",", ":")).encode("utf-8")
+        raw += b" " * (-len(raw) % 8)
+        self._left = list(reversed(specs))
+        self._file = path.open("wb")
+        self._file.write(len(raw).to_bytes(8, "little") + raw)
+
+    def add(self, value: Any) -> bool:
+        """Write the next tensor. True when it was the last one and the file is on the disk."""
+        spec, array = self._left.pop(), np.ascontiguousarray(value)
+        if (tuple(array.shape), str(array.dtype)) != (spec.shape, spec.dtype):
+            raise CheckpointError(f"{spec.name} {array.dtype}{array.shape} was produced where {spec} is expected")
+        self._file.write(array.reshape(-1).view(np.uint8).data)
+        if self._left:
+            return False
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return True
 
 
 def copy_tokenizer(source: str | Path | None, target: Path) -> None:

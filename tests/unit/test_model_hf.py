@@ -88,7 +88,7 @@ def test_shards_with_an_index(tmp_path: Path) -> None:
     # any memory order must be written in rows
     tensors = {n: np.asfortranarray(t) for n, t in to_hf_tensors(params, LLAMA, "float32").items()}
     manifest = hf_manifest(LLAMA, "float32")
-    write_checkpoint(tmp_path / "out", manifest, tensors.items(), LLAMA.to_hf(), None, shard_bytes=20_000)
+    write_checkpoint(tmp_path / "out", manifest, lambda s: tensors[s.name], LLAMA.to_hf(), None, shard_bytes=20_000)
     files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) == len(plan_shards(manifest, 20_000)) > 2
     assert all((tmp_path / "out" / f).stat().st_size < 24_000 for f in files)

@@ -55,6 +55,17 @@ class OptimizerConfig(Section):
     """What follows the warm-up. cosine falls to zero over the run."""
 
 
+class DistributedConfig(Section):
+    """Patience between the processes of a run on several hosts."""
+
+    start_timeout: float = Field(300.0, gt=0)
+    """Seconds in which all processes must have started."""
+    lost_after: float = Field(30.0, ge=5)
+    """Seconds of silence after which a process counts as gone, and the run ends; a killed one is seen at once."""
+    wait_timeout: float = Field(7200.0, gt=0)
+    """Seconds a process that is alive may let the others wait: at least what a step's slowest rollouts take."""
+
+
 class ModelPathConfig(Section):
     path: str = "models/quickstart"
     """A Hugging Face checkpoint folder (config.json, safetensors, tokenizer)."""
@@ -121,6 +132,7 @@ class TrainerConfig(Section):
     compile_cache: str = "~/.cache/sqlrl_jax/xla"
     """Folder of compiled programs kept between runs; empty keeps none."""
     mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     policy: PolicyConfig = PolicyConfig()
     ref: RefConfig = RefConfig()

@@ -1,18 +1,18 @@
 """Checkpoints of a run, saved by Orbax in the background and checked when they are read.
 
-    checkpoints/<step>/params/     the weights (sharded on disk too; restores onto any mesh)
+    checkpoints/<step>/params/     the trained weights (sharded on disk too; restores onto any mesh)
     checkpoints/<step>/optimizer/  moments and counters
-    checkpoints/<step>/record/     the step and a checksum of every array
-    checkpoints/model/             config.json and tokenizer, so that a checkpoint can be exported on its own
+    checkpoints/<step>/record/     the step, its evaluation accuracy if it was measured, a checksum of every array
+    checkpoints/model/             config.json, tokenizer and adapters' settings, so that a checkpoint can be exported
 
 A save that was cut short never counts as a checkpoint (Orbax renames it into place when it is whole). One that was
 damaged later is found by its checksums, which are computed on the devices and do not depend on the mesh: it is moved
-aside and the one before is used. What follows from the step alone (data order, sampling seeds) is not stored.
+aside and the one before is used. Several processes write and read their own shards and go by what all of them found, so
+they always restore the same step. What follows from the step alone (data order, sampling seeds) is not stored.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,13 +23,19 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as managers
 
+from sqlrl_jax.checkpoint_model import MODEL, describe_model
+from sqlrl_jax.checkpoint_record import Score, best_of, checksums, read_scores, restore_items
+from sqlrl_jax.config_lora import LoraConfig
+from sqlrl_jax.exchange import Exchange, exchange, first_fault
 from sqlrl_jax.model.config import ModelConfig
-from sqlrl_jax.model.hf_files import TOKENIZER_FILES, CheckpointError
-from sqlrl_jax.model.params import Params, abstract_params
+from sqlrl_jax.model.hf_files import CheckpointError
 from sqlrl_jax.step import State
 
-_MODEL = "model"
+_ITEMS = ("params", "optimizer")
+WRITE_SECONDS = 600
+"""How long one process's part of a save may take while the others wait for it."""
 
 
 class Trained(Protocol):
@@ -39,60 +45,58 @@ class Trained(Protocol):
     model_config: ModelConfig
 
     @property
+    def lora(self) -> LoraConfig:
+        """The adapters that `state` holds, of rank 0 where it holds the whole model."""
+
+    @property
     def tokenizer_dir(self) -> Path:
-        """Where the tokenizer's files are."""
+        """Where the model's files are, its tokenizer among them."""
 
     def abstract_state(self) -> State:
         """Shapes, dtypes and shardings of `state`."""
 
 
-def checksums(tree: Any) -> dict[str, int]:
-    """A 32-bit checksum of every array by its path: each word times an odd number that depends on its place, summed.
-
-    Any single changed word changes it. Integer sums have no order, so sharding does not matter.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = jax.device_get(_sums([leaf for _, leaf in leaves]))
-    return {jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, sums, strict=True)}
-
-
-@jax.jit
-def _sums(arrays: list[jax.Array]) -> list[jax.Array]:
-    def one(array: jax.Array) -> jax.Array:
-        unsigned = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
-        words = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32).ravel()
-        place = jax.lax.iota(jnp.uint32, words.size)
-        return jnp.sum(words * (place * jnp.uint32(2654435761) | 1), dtype=jnp.uint32)
-
-    return [one(array) for array in arrays]
-
-
 class Checkpoints:
-    """The checkpoints of one run. `save` returns when the state is copied; writing goes on in the background."""
+    """The checkpoints of one run: the newest `max_to_keep`, and with `keep_best` also the most accurate one.
 
-    def __init__(self, directory: str | Path, max_to_keep: int) -> None:
+    `save` returns when the state is copied; writing goes on in the background. Every process of the learner makes one and
+    calls the same methods; `exchange` is how they agree.
+    """
+
+    def __init__(
+        self, directory: str | Path, max_to_keep: int, keep_best: bool = True, exchange: Exchange = exchange
+    ) -> None:
         self.directory = Path(directory).absolute()
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells every phase of every save; faults are raised
-        self._manager = _manager(self.directory, max_to_keep)
+        self._exchange, self._keep_best = exchange, keep_best
+        self._chief = jax.process_index() == 0
+        logging.getLogger("absl").setLevel(logging.CRITICAL + 1)  # every phase and fault of a save; faults are raised
+        self._agree(self._make_folder)
+        self._scores = read_scores(self.directory, exchange)
+        with self._writing():
+            self._manager = self._open(max_to_keep)
 
-    def save(self, step: int, trained: Trained) -> None:
-        """Saves the state after `step`. Does nothing when that step is saved already."""
+    def save(self, step: int, trained: Trained, score: Score = None) -> None:
+        """Saves the state after `step`, whose evaluation gave `score`. Does nothing when that step is saved already."""
         if step in self._manager.all_steps():
             return
-        with self._writing():
-            self._keep_model(trained)
         items = _items(trained.state)
-        self._require_room(sum(array.nbytes for array in jax.tree.leaves(items)))
-        record = {"step": step, "checksums": checksums(items)}
+        self._agree(self._manager.check_for_errors)
+        self._agree(lambda: self._prepare(trained, sum(array.nbytes for array in jax.tree.leaves(items))))
+        record = {"step": step, "score": score, "checksums": checksums(items)}
         if jax.default_backend() == "cpu":  # the host's view of an array is the array, and the next step overwrites it
             items = jax.tree.map(jnp.copy, items)
         saves = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        self._scores[step] = score
         with self._writing():
             self._manager.save(step, args=ocp.args.Composite(record=ocp.args.JsonSave(record), **saves))
 
     def latest(self) -> int | None:
         """The newest step that was saved whole."""
         return self._manager.latest_step()
+
+    def best(self) -> tuple[int, float] | None:
+        """The saved step of the highest accuracy, and that; None when no saved step was evaluated."""
+        return best_of(self._manager.all_steps(), self._scores)
 
     def restore_latest(self, trained: Trained, warn: Callable[[str], None]) -> int:
         """Puts the newest readable state into `trained` and returns its step; 0 when there is no checkpoint.
@@ -102,15 +106,14 @@ class Checkpoints:
         """
         faults: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                items = _restore(self._manager, step, _items(trained.abstract_state()))
-            except Exception as error:  # damage shows as whatever the reader trips over
-                faults[step] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            items, fault = restore_items(self.directory / str(step), _items(trained.abstract_state()), self._exchange)
+            if fault:
+                faults[step] = fault
                 continue
             trained.state = State(items["params"], **items["optimizer"])
-            for bad, fault in faults.items():
+            for bad, told in faults.items():
                 aside = self._set_aside(bad)
-                warn(f"checkpoint {bad} cannot be read ({fault}); it is now {aside.name}. Going on from {step}")
+                warn(f"checkpoint {bad} cannot be read ({told}); it is now {aside.name}. Going on from {step}")
             return step
         if faults:
             told = "; ".join(f"{step}: {fault}" for step, fault in faults.items())
@@ -130,11 +133,27 @@ class Checkpoints:
         with self._writing():
             self._manager.close()
 
+    def _open(self, max_to_keep: int) -> ocp.CheckpointManager:
+        newest = managers.LatestN(max_to_keep)
+        keep = managers.AnyPreservationPolicy([newest, _Best(self._scores)]) if self._keep_best else newest
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep,
+            create=False,
+            async_options=ocp.AsyncOptions(timeout_secs=WRITE_SECONDS),
+        )
+        handlers: dict[str, ocp.CheckpointHandler] = {
+            **{name: ocp.StandardCheckpointHandler() for name in _ITEMS},
+            "record": ocp.JsonCheckpointHandler(),
+        }
+        return ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """Says in one sentence what the writer, or an earlier save in the background, has tripped over."""
         try:
             yield
+        except CheckpointError:
+            raise
         except Exception as error:
             told = " ".join(str(error).split())[:300]
             raise CheckpointError(
@@ -142,90 +161,63 @@ class Checkpoints:
                 f"the folder, then go on with trainer.resume_mode=latest"
             ) from error
 
-    def _require_room(self, needed: int) -> None:
-        """Raises CheckpointError when the disk cannot hold `needed` more bytes, before a writer fails half-way."""
-        with self._writing():
-            free = shutil.disk_usage(self.directory).free
+    def _agree(self, work: Callable[[], None]) -> None:
+        """Does a part of saving in every process; raises CheckpointError in all of them when it failed in one."""
+        fault = ""
+        try:
+            with self._writing():
+                work()
+        except CheckpointError as error:
+            fault = str(error)
+        fault = first_fault(fault, self._exchange)
+        if fault:
+            raise CheckpointError(fault)
+
+    def _make_folder(self) -> None:
+        if self._chief:
+            self.directory.mkdir(parents=True, exist_ok=True)
+
+    def _prepare(self, trained: Trained, needed: int) -> None:
+        """What process 0 does before a save: the model's description, and a look whether the folder takes `needed` bytes."""
+        if not self._chief:
+            return
+        describe_model(self.directory / MODEL, trained.model_config, trained.tokenizer_dir, trained.lora)
+        probe = self.directory / ".probe"
+        probe.touch()
+        probe.unlink()
+        free = shutil.disk_usage(self.directory).free
         if free < needed:
             raise CheckpointError(
                 f"{self.directory}: a checkpoint needs {needed / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB left. "
                 f"Make room, then go on with trainer.resume_mode=latest"
             )
 
-    def _keep_model(self, trained: Trained) -> None:
-        folder = self.directory / _MODEL
-        if (folder / "config.json").exists():
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in TOKENIZER_FILES:
-            if (trained.tokenizer_dir / name).is_file():
-                shutil.copyfile(trained.tokenizer_dir / name, folder / name)
-        text = json.dumps(trained.model_config.to_hf(), indent=2)
-        (folder / "config.json").write_text(text, encoding="utf-8")
-
     def _set_aside(self, step: int) -> Path:
         aside = self.directory / f"damaged-{step}"
-        shutil.rmtree(aside, ignore_errors=True)
-        (self.directory / str(step)).rename(aside)
+
+        def move() -> None:
+            if self._chief:
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.directory / str(step)).rename(aside)
+
+        self._agree(move)
+        self._scores.pop(step, None)
         self._manager.reload()
         return aside
 
 
-def load_params(path: str | Path, dtype: str = "float32") -> tuple[Params, ModelConfig, Path]:
-    """The weights of a checkpoint: (parameters, model configuration, tokenizer folder).
+class _Best(managers.PreservationPolicy):
+    """Keeps the step of the highest score, the newest of equals."""
 
-    `path` is a run folder, its checkpoints folder, or one step's folder. Raises CheckpointError.
-    """
-    root, step = _locate(Path(path).absolute())
-    config = ModelConfig.from_dir(root / _MODEL)
-    with _manager(root, None) as manager:
-        steps = manager.all_steps()
-        if not steps or (step is not None and step not in steps):
-            raise CheckpointError(f"{path}: no finished checkpoint{'' if step is None else f' of step {step}'} here")
-        chosen = max(steps) if step is None else step
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), abstract_params(config, dtype)
-        )
-        try:
-            items = _restore(manager, chosen, {"params": abstract})
-        except Exception as error:  # damage shows as whatever the reader trips over
-            raise CheckpointError(f"{root / str(chosen)} cannot be read: {error}") from error
-    return items["params"], config, root / _MODEL
+    def __init__(self, scores: dict[int, Score]) -> None:
+        self._scores = scores
 
-
-def _locate(path: Path) -> tuple[Path, int | None]:
-    """The checkpoints folder and the step that `path` names, if it names one."""
-    for root, step in ((path / "checkpoints", None), (path, None), (path.parent, path.name)):
-        if (root / _MODEL / "config.json").is_file() and (step is None or step.isdigit()):
-            return root, None if step is None else int(step)
-    raise CheckpointError(
-        f"{path}: expected a run folder, its checkpoints folder or a step in that; found none of them"
-    )
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        best = best_of(steps, self._scores)
+        return [best is not None and step == best[0] for step in steps]
 
 
 def _items(state: State) -> dict[str, Any]:
     """The state as the items of a checkpoint."""
     return {"params": state.params, "optimizer": {k: v for k, v in state._asdict().items() if k != "params"}}
-
-
-def _restore(manager: ocp.CheckpointManager, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
-    """The items named in `abstract`, with its shapes and shardings. Raises what Orbax raises, and ValueError for an array
-    that is not what was saved."""
-    restores = {name: ocp.args.StandardRestore(item) for name, item in abstract.items()}
-    got = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore(), **restores))
-    items = {name: got[name] for name in abstract}
-    for name, value in checksums(items).items():
-        if got["record"]["checksums"].get(name) != value:
-            raise ValueError(f"{name} is not what was saved")
-    return items
-
-
-def _manager(directory: Path, max_to_keep: int | None) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=max_to_keep is not None)
-    handlers: dict[str, ocp.CheckpointHandler] = {
-        "params": ocp.StandardCheckpointHandler(),
-        "optimizer": ocp.StandardCheckpointHandler(),
-        "record": ocp.JsonCheckpointHandler(),
-    }
-    return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)

@@ -27,6 +27,14 @@ def targets(lora: LoraConfig) -> tuple[str, ...]:
     return tuple(name for name in MATRICES if name in named or "all-linear" in named) if lora.rank else ()
 
 
+def describe(lora: LoraConfig) -> str:
+    """What is trained, for people; equal for settings with which a run can go on."""
+    if not lora.rank:
+        return "all weights"
+    names = ", ".join(f"{name}_proj" for name in targets(lora))
+    return f"adapters of rank {lora.rank} and alpha {lora.alpha:g} on {names}"
+
+
 def adapter_specs(spec: ParamSpec, rank: int) -> tuple[ParamSpec, ParamSpec]:
     """A and B beside the stacked matrix `spec`: each split as the side of the matrix it touches, the rank never."""
     (layers, inner, outer), (stack, into, out) = spec.shape, spec.axes

@@ -30,7 +30,7 @@ from sqlrl_jax.config_lora import LoraConfig
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.hf import Entry, hf_table
 from sqlrl_jax.model.hf_files import CheckpointError
-from sqlrl_jax.model.lora import targets
+from sqlrl_jax.model.lora import describe, targets
 from sqlrl_jax.model.params import Params, flatten, nest
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -102,7 +102,7 @@ def adapter_config(lora: LoraConfig, base: str | Path) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base),
+        "base_model_name_or_path": str(Path(base).absolute()),
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
         "target_modules": [f"{name}_proj" for name in targets(lora)],
@@ -181,15 +181,10 @@ def save_peft(
 def load_peft(directory: str | Path, config: ModelConfig, lora: LoraConfig, dtype: str = "float32") -> Params:
     """The adapters of a PEFT folder, on the host. Raises CheckpointError unless they are what `lora` asks for."""
     found, _ = read_adapter_config(directory)
-    for name, have, want in (
-        ("rank", found.rank, lora.rank),
-        ("alpha", found.alpha, lora.alpha),
-        ("target_modules", targets(found), targets(lora)),
-    ):
-        if have != want:
-            raise CheckpointError(
-                f"{directory}: the adapter's {name} is {have}, trainer.policy.model.lora asks for {want}"
-            )
+    if describe(found) != describe(lora):
+        raise CheckpointError(
+            f"{directory} holds {describe(found)}; trainer.policy.model.lora asks for {describe(lora)}: make them agree"
+        )
     file = Path(directory) / WEIGHTS
     try:
         with safe_open(file, framework="np") as opened:

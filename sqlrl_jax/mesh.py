@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sqlrl_jax.config import ConfigError, MeshConfig
 
@@ -30,25 +30,42 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes AXES over `devices` (default: all). Raises ConfigError when the sizes do not fit them."""
-    devices = jax.devices() if devices is None else list(devices)
+def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
+    """The size of each axis on this many devices. Raises ConfigError when the sizes do not fit them."""
     sizes = {name: getattr(config, name) for name in AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)
     free = [name for name, size in sizes.items() if size == -1]
-    if free and len(devices) % fixed == 0:
-        sizes[free[0]] = len(devices) // fixed
-    elif free or fixed != len(devices):
+    if free and devices % fixed == 0:
+        sizes[free[0]] = devices // fixed
+    elif free or fixed != devices:
         asked = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise ConfigError(
             f"trainer.mesh ({asked}) needs {'a multiple of ' if free else ''}{fixed} device(s), but there are"
-            f" {len(devices)}: change the sizes, or give one axis -1 to take what is left"
+            f" {devices}: change the sizes, or give one axis -1 to take what is left"
         )
+    return sizes
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes AXES over `devices` (default: all). Raises ConfigError when the sizes do not fit them."""
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = mesh_sizes(config, len(devices))
     grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices=devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def partition_spec(mesh: Mesh, axes: Sequence[str | None], units: Sequence[int]) -> PartitionSpec:
+def split_axes(mesh: Mesh | AbstractMesh, name: str | None, units: int) -> tuple[str, ...]:
+    """The mesh axes, of more than one device each, that an axis called `name` with `units` whole parts is divided over;
+    none where they do not divide it. Raises ValueError for a name without a rule."""
+    if name is None:
+        return ()
+    if name not in RULES:
+        raise ValueError(f"logical axis {name!r} has no rule in sqlrl_jax.mesh.RULES")
+    parts = tuple(axis for axis in RULES[name] if mesh.shape[axis] > 1)
+    return () if units % math.prod(mesh.shape[axis] for axis in parts) else parts
+
+
+def partition_spec(mesh: Mesh | AbstractMesh, axes: Sequence[str | None], units: Sequence[int]) -> PartitionSpec:
     """How an array with logical `axes` is split. `units[i]` is what axis i must be divided into whole parts of: its
     length, or its number of heads. Raises ValueError for an unknown name and for two axes on one mesh axis."""
     if len(axes) != len(units):
@@ -56,11 +73,7 @@ def partition_spec(mesh: Mesh, axes: Sequence[str | None], units: Sequence[int])
     entries: list[tuple[str, ...] | str | None] = []
     used: set[str] = set()
     for name, size in zip(axes, units, strict=True):
-        if name is not None and name not in RULES:
-            raise ValueError(f"logical axis {name!r} has no rule in sqlrl_jax.mesh.RULES")
-        parts = tuple(a for a in RULES[name] if mesh.shape[a] > 1) if name is not None else ()
-        if size % math.prod(mesh.shape[a] for a in parts):
-            parts = ()
+        parts = split_axes(mesh, name, size)
         if used & set(parts):
             raise ValueError(f"axes {tuple(axes)} would be split over mesh axis {sorted(used & set(parts))} twice")
         used |= set(parts)
@@ -73,6 +86,11 @@ def partition_spec(mesh: Mesh, axes: Sequence[str | None], units: Sequence[int])
 def param_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
     """The sharding of an array with these logical axes; see `partition_spec`."""
     return NamedSharding(mesh, partition_spec(mesh, axes, shape))
+
+
+def platform_of(mesh: Mesh | None) -> str:
+    """ "cpu", "gpu" or "tpu": what the mesh's devices are, which may be those of a topology that is not here."""
+    return "cpu" if mesh is None else mesh.devices.flat[0].platform
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

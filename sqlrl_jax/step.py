@@ -149,16 +149,15 @@ class Program:
         hidden = forward(
             self.model_config, params, batch["tokens"], batch["positions"], batch["segment_ids"], self._compute
         )
-        hidden = hidden.reshape(self.shards, -1, hidden.shape[-1])
-        unembed = unembedding(params).astype(hidden.dtype)
         return token_logprobs(
             hidden,
-            unembed,
+            unembedding(params),
             batch["index"],
             batch["targets"],
             batch["count"],
             temperature=self._temperature,
             chunk=self.policy.logprob_chunk,
+            mesh=self.mesh,
         )
 
     def _gradients(self, params: Params, frozen: Params, batch: dict[str, Array]) -> tuple[Params, Sums]:

@@ -21,9 +21,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from sqlrl_jax.mesh import constrain
-from sqlrl_jax.model.attention import segment_attention
 from sqlrl_jax.model.config import ModelConfig
+from sqlrl_jax.model.fsdp import gather_layer, lookup
 from sqlrl_jax.model.params import Params, init_param, nest, param_specs
+from sqlrl_jax.model.sharded_attention import sharded_attention
 
 Rope = tuple[Float[Array, "B S h2"], Float[Array, "B S h2"]]
 # (q, k, v, this layer's slice of what is carried) -> (attended [B, S, H, h], the new slice)
@@ -160,10 +161,11 @@ def run_layers(
     compute: Compute | None = None,
 ) -> tuple[Float[Array, "B S D"], Any]:
     """All blocks in order. `carried` is a pytree with a leading layer axis (a KV cache); its new version is returned."""
-    compute = compute or Compute()
+    compute, specs = compute or Compute(), param_specs(config)
 
     def block(x: jax.Array, inputs: tuple[Params, Any]) -> tuple[jax.Array, Any]:
         layer, slot = inputs
+        layer = gather_layer(specs, layer, compute.mesh, compute.dtype)
         layer = fuse_layer(layer) if compute.fuse else layer
         attended, slot = attend(*project_qkv(config, layer, x, rope), slot)
         out = finish_block(config, layer, x, attended)
@@ -175,7 +177,7 @@ def run_layers(
 
 def embed(params: Params, tokens: Int[Array, "B S"], compute: Compute) -> Float[Array, "B S D"]:
     """Token embeddings in the compute dtype."""
-    x = jnp.take(params["embedding"], tokens, axis=0).astype(compute.dtype)
+    x = lookup(params["embedding"], tokens, compute.mesh, compute.dtype)
     return constrain(x, compute.mesh, ("batch", "sequence", None))
 
 
@@ -202,8 +204,9 @@ def forward(
     compute = compute or Compute()
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, slot: None) -> tuple[jax.Array, None]:
-        return segment_attention(q, k, v, segment_ids), slot
+        return sharded_attention(q, k, v, segments, compute.mesh), slot
 
+    segments = constrain(segment_ids, compute.mesh, ("batch", None))  # each device attends over whole rows
     x = embed(params, tokens, compute)
     x, _ = run_layers(config, params["layers"], x, rope_table(config, positions), attend, None, compute)
     return final_norm(config, params, x)

@@ -1,0 +1,100 @@
+"""Attention of whole packed rows on one device: the kernel that suits the platform.
+
+CPU: the plain XLA blocks of attention.py. TPU: splash attention (Pallas), which skips what the causal mask hides and never
+holds the scores. GPU: cuDNN's flash attention, block by block, because through jax's public function it takes segments
+as a mask only. Left out: the fused backward pass of splash attention, which holds a partial gradient of the queries for
+each block of keys: too much for long rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jaxtyping import Array, Float, Int
+
+from sqlrl_jax.model.attention import segment_attention, segment_mask
+
+# (q, k, v, segment_ids) of whole rows → attended; H is a multiple of KV.
+Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+_LANES = 128
+_QUERY_BLOCK, _KEY_BLOCK = 512, 1024
+_CUDNN_BLOCKS = 8
+
+
+def kernel_for(platform: str, dtype: jnp.dtype, head_dim: int) -> Kernel:
+    """The kernel for devices of `platform` ("cpu", "gpu", "tpu"); XLA blocks for what the fast ones do not take."""
+    if platform == "tpu" and head_dim % 64 == 0:
+        return splash_attention
+    if platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128:
+        return cudnn_attention
+    return segment_attention
+
+
+def _block(length: int, most: int) -> int:
+    """The largest multiple of the lanes up to `most` that divides `length`."""
+    return max(size for size in range(_LANES, most + 1, _LANES) if length % size == 0)
+
+
+def splash_attention(
+    q: Float[Array, "B S H h"],
+    k: Float[Array, "B S KV h"],
+    v: Float[Array, "B S KV h"],
+    segment_ids: Int[Array, "B S"],
+    *,
+    interpret: bool = False,
+) -> Float[Array, "B S H h"]:
+    """Each token attends to its own segment up to itself. `interpret` runs the kernel without a TPU, slowly."""
+    length, heads, dim = q.shape[1:]
+    padding = -length % _LANES
+    if padding:  # the padding is a segment of its own
+        q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
+        segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padding)), constant_values=-1)
+    whole = length + padding
+    queries, keys = _block(whole, _QUERY_BLOCK), _block(whole, _KEY_BLOCK)
+    compute = _block(keys, _QUERY_BLOCK)
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([masks.CausalMask((whole, whole))] * heads),
+        block_sizes=splash.BlockSizes(
+            block_q=queries,
+            block_kv=keys,
+            block_kv_compute=compute,
+            block_q_dkv=queries,
+            block_kv_dkv=keys,
+            block_kv_dkv_compute=compute,
+            block_q_dq=queries,
+            block_kv_dq=keys,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    q, k, v = (x.swapaxes(1, 2) for x in (q * jnp.asarray(dim**-0.5, q.dtype), k, v))
+    out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segment_ids, segment_ids))
+    return out.swapaxes(1, 2)[:, :length]
+
+
+def cudnn_attention(
+    q: Float[Array, "B S H h"],
+    k: Float[Array, "B S KV h"],
+    v: Float[Array, "B S KV h"],
+    segment_ids: Int[Array, "B S"],
+) -> Float[Array, "B S H h"]:
+    """Each token attends to its own segment up to itself: blocks of queries, each with the keys up to its end, so that the
+    masks stay small and almost half of the work is saved. Odd lengths, which cuDNN does not take, go to XLA."""
+    length = q.shape[1]
+    if length % 2:
+        return segment_attention(q, k, v, segment_ids)
+    block = max(_LANES, 2 * -(-length // (2 * _CUDNN_BLOCKS)))
+    parts = []
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        mask = segment_mask(segment_ids[:, start:end], segment_ids[:, :end], start)[:, None]
+        parts.append(
+            jax.nn.dot_product_attention(q[:, start:end], k[:, :end], v[:, :end], mask=mask, implementation="cudnn")
+        )
+    return jnp.concatenate(parts, axis=1)

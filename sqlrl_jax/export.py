@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from rollout.types import TensorSpec
+from sqlrl_jax.config import MeshConfig
+from sqlrl_jax.mesh import make_mesh
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.hf import Reader, hf_manifest, hf_table, save_hf
 from sqlrl_jax.model.hf_files import CheckpointError, write_checkpoint
@@ -57,11 +59,14 @@ def import_model(hf_dir: str | Path, out: str | Path, dtype: str | None = None) 
     return Report(Path(out), config.model_type, parameter_count(config), kept)
 
 
-def export_checkpoint(checkpoint: str | Path, out: str | Path, dtype: str = "float32") -> Report:
-    """Write the weights of a training checkpoint (or of a run's latest one) as a Hugging Face folder."""
+def export_checkpoint(checkpoint: str | Path, out: str | Path, dtype: str | None = None, best: bool = False) -> Report:
+    """Write the weights of a training checkpoint as a Hugging Face folder: the one named, or of a run's the latest or the
+    `best`. `dtype` None takes that of the model it was trained from."""
     _require_new(out)
-    from sqlrl_jax.checkpoint import load_params  # Orbax takes seconds to import; an import does not need it
+    # Orbax takes seconds to import; an import does not need it
+    from sqlrl_jax.checkpoint_model import best_in, load_params
 
-    params, config, tokenizer = load_params(checkpoint)
+    mesh = make_mesh(MeshConfig())
+    params, config, tokenizer = load_params(best_in(checkpoint) if best else checkpoint, mesh)
     save_hf(out, params, config, dtype, tokenizer)
-    return Report(Path(out), config.model_type, parameter_count(config), dtype)
+    return Report(Path(out), config.model_type, parameter_count(config), dtype or config.dtype)

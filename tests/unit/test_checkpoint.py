@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from test_learner import MODEL, advantages, assert_same, episodes, learner, leaves
 
-from sqlrl_jax.checkpoint import CheckpointError, Checkpoints, checksums, load_params
+from sqlrl_jax.checkpoint import CheckpointError, Checkpoints
+from sqlrl_jax.checkpoint_model import load_params
+from sqlrl_jax.checkpoint_record import checksums
 from sqlrl_jax.learner import Learner
 
 

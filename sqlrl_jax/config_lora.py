@@ -8,6 +8,9 @@ from pydantic import Field, field_validator, model_validator
 
 from sqlrl_jax.config_base import Section
 
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+"""The seven matrices of a layer, by our names; Hugging Face's are q_proj and so on."""
+
 LoraTarget = Literal["all-linear", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -33,3 +36,17 @@ class LoraConfig(Section):
         if self.path and not self.rank:
             raise ValueError(f"path {self.path} is an adapter: give its rank too")
         return self
+
+
+def targets(lora: LoraConfig) -> tuple[str, ...]:
+    """The matrices of a layer that have an adapter."""
+    named = {name.removesuffix("_proj") for name in lora.target_modules}
+    return tuple(name for name in MATRICES if name in named or "all-linear" in named) if lora.rank else ()
+
+
+def describe(lora: LoraConfig) -> str:
+    """What is trained, for people; equal for settings with which a run can go on."""
+    if not lora.rank:
+        return "all weights"
+    names = ", ".join(f"{name}_proj" for name in targets(lora))
+    return f"adapters of rank {lora.rank} and alpha {lora.alpha:g} on {names}"

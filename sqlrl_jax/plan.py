@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 from sqlrl_jax.config import Config
+from sqlrl_jax.config_lora import describe
 
 
 def plan_rows(
     config: Config,
     *,
     parameters: int,
+    trained: int,
     devices: str,
     mesh: dict[str, int],
     questions: tuple[int, int],
     steps: tuple[int, int],
     run_dir: str,
 ) -> list[tuple[str, str]]:
-    """Name and value of each line. `questions` is (training, held-out), `steps` is (done, total)."""
+    """Name and value of each line. `trained` counts the numbers that change, which are the model's `parameters` or adapters
+    beside them; `questions` is (training, held-out), `steps` is (done, total)."""
     trainer, generator, policy = config.trainer, config.generator, config.trainer.policy
     used = " x ".join(f"{name} {size}" for name, size in mesh.items() if size > 1) or "one device"
-    width = {"float32": 4, "bfloat16": 2}[policy.param_dtype]
+    width = {"float32": 4, "bfloat16": 2}
     shards = max(1, mesh["fsdp"] * mesh["tensor"])
-    state = parameters * (2 * width + 2 * 4) / shards  # weights, gradients and two moments
+    state = trained * (2 * width[policy.param_dtype] + 2 * 4) / shards  # weights, gradients and two moments
+    adapters, kept = [], policy.param_dtype
+    if policy.model.lora.rank:
+        kept = policy.compute_dtype
+        state += parameters * width[kept] / shards
+        what = f"{describe(policy.model.lora)}: {trained / 1e6:,.2f}M numbers, {policy.param_dtype}"
+        adapters = [("training", f"{what}; the model itself stays as it is")]
     services = ", ".join(generator.services) or "one, started here"
     sampling = generator.sampling_params
     return [
-        ("model", f"{policy.model.path}, {parameters / 1e6:,.2f}M parameters, {policy.param_dtype}"),
+        ("model", f"{policy.model.path}, {parameters / 1e6:,.2f}M parameters, {kept}"),
+        *adapters,
         ("devices", f"{devices}; mesh: {used}"),
         ("memory", f"{state / 2**20:,.0f} MiB a device for weights, gradients and optimizer state"),
         ("rollouts", f"{generator.backend} engine, services: {services}"),

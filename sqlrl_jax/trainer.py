@@ -28,6 +28,7 @@ from sqlrl_jax.fleet import Fleet, sampling_params
 from sqlrl_jax.learner import Learner, build_learner
 from sqlrl_jax.metrics import rollout_metrics
 from sqlrl_jax.model.hf import save_hf
+from sqlrl_jax.model.peft import save_peft
 from sqlrl_jax.plan import plan_rows, warnings_for
 from sqlrl_jax.report import write_report
 from sqlrl_jax.rl.advantages import Rewards, advantage_metrics, load_estimator
@@ -86,6 +87,7 @@ class Trainer:
             self.fleet.client,
             self.learner.model_config,
             config.generator.inference_engine.dtype,
+            config.trainer.policy.model.lora,
             run_id=run.id,
             epoch=run.epoch,
             timeout=config.bridge.push_timeout,
@@ -142,7 +144,7 @@ class Trainer:
         """Gives the present weights to every service as version `step`; a service that dies meanwhile is brought back."""
         while True:
             try:
-                return self.pusher.push(self.learner.params, self.step)
+                return self.pusher.push(self.learner.state.params, self.step)
             except PushError as error:
                 if not error.transient:
                     raise
@@ -172,6 +174,11 @@ class Trainer:
         save_hf(
             self.run.export, self.learner.params, self.learner.model_config, tokenizer_source=self.learner.tokenizer_dir
         )
+        learner = self.learner
+        if learner.lora.rank:
+            save_peft(
+                self.run.adapter, learner.state.params, learner.model_config, learner.lora, base=learner.tokenizer_dir
+            )
         history = self.run.history("eval")
         before = next(m for m in history if m["max_turns"] == turns)
         after = next(m for m in reversed(history) if m["max_turns"] == turns)
@@ -182,7 +189,8 @@ class Trainer:
             columns.append(("after, one turn only", next(m for m in reversed(history) if m["max_turns"] == 1)))
         self.display.print(comparison(f"greedy, up to {turns} turns", columns))
         page = write_report(self.run.dir)
-        self.display.print(f"model   {self.run.export}\nreport  {page}\nmetrics {self.run.metrics_file}")
+        adapter = f"adapter {self.run.adapter}\n" if learner.lora.rank else ""
+        self.display.print(f"model   {self.run.export}\n{adapter}report  {page}\nmetrics {self.run.metrics_file}")
 
     def _rollout(self, tasks: Sequence[Task], samples: int, label: str) -> list[Trajectory]:
         generator = self.config.generator
@@ -244,6 +252,7 @@ class Trainer:
         rows = plan_rows(
             self.config,
             parameters=self.learner.parameter_count,
+            trained=self.learner.trained_count,
             devices=f"{jax.device_count()} {jax.default_backend()} ({jax.process_count()} processes)",
             mesh=dict(self.learner.mesh.shape),
             questions=(len(self.data.train), len(self.data.val)),

@@ -14,25 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from sqlrl_jax.config import LoraConfig
+from sqlrl_jax.config_lora import LoraConfig, targets
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.params import Params, ParamSpec, nest, param_specs, spec_shardings
-
-MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
-
-
-def targets(lora: LoraConfig) -> tuple[str, ...]:
-    """The matrices of a layer that have an adapter, by our names."""
-    named = {name.removesuffix("_proj") for name in lora.target_modules}
-    return tuple(name for name in MATRICES if name in named or "all-linear" in named) if lora.rank else ()
-
-
-def describe(lora: LoraConfig) -> str:
-    """What is trained, for people; equal for settings with which a run can go on."""
-    if not lora.rank:
-        return "all weights"
-    names = ", ".join(f"{name}_proj" for name in targets(lora))
-    return f"adapters of rank {lora.rank} and alpha {lora.alpha:g} on {names}"
 
 
 def adapter_specs(spec: ParamSpec, rank: int) -> tuple[ParamSpec, ParamSpec]:

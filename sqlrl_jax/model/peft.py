@@ -26,11 +26,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from rollout.types import TensorSpec
-from sqlrl_jax.config_lora import LoraConfig
+from sqlrl_jax.config_lora import LoraConfig, describe, targets
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.hf import Entry, hf_table
 from sqlrl_jax.model.hf_files import CheckpointError
-from sqlrl_jax.model.lora import describe, targets
 from sqlrl_jax.model.params import Params, flatten, nest
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -4,6 +4,7 @@ from rich.console import Console
 
 from rollout.types import Trajectory
 from sqlrl_jax.config import Config
+from sqlrl_jax.config_file import load
 from sqlrl_jax.display import Display, comparison, duration
 from sqlrl_jax.metrics import eval_metrics, rollout_metrics
 from sqlrl_jax.plan import plan_rows, warnings_for
@@ -67,12 +68,17 @@ def test_warnings_name_what_to_look_at():
 
 
 def test_plan_names_model_mesh_and_memory():
-    mesh = {"data": 1, "fsdp": 4, "sequence": 1, "tensor": 2}
-    rows = dict(
-        plan_rows(
-            Config(), parameters=8 << 20, devices="8 cpu", mesh=mesh, questions=(10, 5), steps=(3, 9), run_dir="r"
-        )
-    )
-    assert rows["devices"] == "8 cpu; mesh: fsdp 4 x tensor 2"
-    assert rows["memory"].startswith("16 MiB a device")
-    assert rows["steps"] == "9, 3 done"
+    def rows(config: Config, trained: int) -> dict[str, str]:
+        mesh = {"data": 1, "fsdp": 4, "sequence": 1, "tensor": 2}
+        given = {"devices": "8 cpu", "mesh": mesh, "questions": (10, 5), "steps": (3, 9), "run_dir": "r"}
+        return dict(plan_rows(config, parameters=8 << 20, trained=trained, **given))
+
+    plain = rows(Config(), 8 << 20)
+    assert plain["devices"] == "8 cpu; mesh: fsdp 4 x tensor 2"
+    assert plain["memory"].startswith("16 MiB a device")
+    assert plain["steps"] == "9, 3 done"
+    assert "training" not in plain
+    lora = ["trainer.policy.model.lora.rank=4", "trainer.policy.model.lora.target_modules=q_proj"]
+    adapted = rows(load(None, [*lora, "trainer.policy.compute_dtype=bfloat16"]), 1 << 20)
+    assert adapted["memory"].startswith("4 MiB a device")  # 2 bytes a frozen number, 16 a trained one, over 8 devices
+    assert adapted["training"].startswith("adapters of rank 4 and alpha 16 on q_proj: 1.05M numbers, float32")

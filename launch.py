@@ -28,15 +28,19 @@ examples:
   python launch.py ask --model runs/quickstart/export --database shop.sqlite "How many customers are there?"
   python launch.py prepare --list
   python launch.py report runs/quickstart
+  python launch.py check --config configs/sql_fsdp.yaml --topology v5p:2x2x1
   python launch.py config --config configs/quickstart.yaml
 `python launch.py VERB --help` lists what a verb takes. Settings are given as key=value."""
 
 
 def _train(args: argparse.Namespace) -> int:
     config = _config(args)
+    from sqlrl_jax.distributed import place_of, run
     from sqlrl_jax.trainer import train
 
-    return train(config)
+    settings = config.trainer.distributed
+    place = place_of(args.coordinator, args.process_id, args.process_count, settings.start_timeout)
+    return run(place, settings, lambda world: train(config, world))
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -117,10 +121,22 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from sqlrl_jax.export import export_checkpoint
+    from sqlrl_jax.export import export_adapter, export_checkpoint
 
-    print(export_checkpoint(args.checkpoint, args.out))
+    write = export_adapter if args.adapter else export_checkpoint
+    print(write(args.checkpoint, args.out, base=args.base))
     return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from sqlrl_jax import topology
+
+    topology.prepare()  # before anything imports jax
+    config = _config(args)
+    from sqlrl_jax.check import Request, main
+
+    names = ("topology", "model_config", "episode_tokens", "trained_share", "json")
+    return main(config, Request(**{name: getattr(args, name) for name in names}))
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -166,6 +182,7 @@ VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int]]] = {
     "prepare": ("make questions of public sets or of your own databases; check gold queries", _prepare),
     "import": ("check a Hugging Face checkpoint and rewrite it in our layout", _import),
     "export": ("write a checkpoint as safetensors, config.json and tokenizer", _export),
+    "check": ("say what a step costs and whether it fits a TPU slice; needs neither", _check),
     "report": ("write a run's report.html", _report),
     "config": ("print every setting with its value, default and meaning", _show_config),
 }
@@ -175,6 +192,16 @@ def _positive(text: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
     return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and at most 1, found {text!r}")
+    return value
 
 
 def _limits(text: str) -> list[int]:
@@ -231,22 +258,37 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     parsers = {name: verbs.add_parser(name, help=text, description=text) for name, (text, _) in VERBS.items()}
     parsers["ask"].add_argument("question", help="what you want to know")
-    for name in ("train", "serve", "eval", "ask", "sft", "demo", "config"):
+    for name in ("train", "serve", "eval", "ask", "sft", "demo", "check", "config"):
         optional = name in ("ask", "config")
         parsers[name].add_argument("--config", required=not optional, help="YAML file of settings")
         parsers[name].add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file")
+    _process_options(parsers["train"])
     parsers["serve"].add_argument(
         "--port-file", help="file for host:port once ready; the service then stops when its standard input closes"
     )
     _evaluation_options(parsers["eval"])
     _ask_options(parsers["ask"])
+    _check_options(parsers["check"])
     _prepare_arguments(parsers["prepare"])
     parsers["import"].add_argument("--model", required=True, help="Hugging Face checkpoint folder")
     parsers["import"].add_argument("--out", required=True, help="folder to write; must not exist")
     parsers["export"].add_argument("--checkpoint", required=True, help="run folder or one of its checkpoints")
     parsers["export"].add_argument("--out", required=True, help="folder to write; must not exist")
+    parsers["export"].add_argument("--adapter", action="store_true", help="write the adapters alone, as a PEFT folder")
+    parsers["export"].add_argument(
+        "--base", metavar="DIR", help="the model that the adapters belong to, where it is no longer where it was"
+    )
     parsers["report"].add_argument("run_dir", help="run folder")
     return parser
+
+
+def _process_options(train: argparse.ArgumentParser) -> None:
+    group = train.add_argument_group("several hosts: the same command on each, which differs in --process-id alone")
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="where process 0 listens, or auto (TPU pod, SLURM, Kubernetes)"
+    )
+    group.add_argument("--process-id", type=int, metavar="I", help="this process, 0 to N-1")
+    group.add_argument("--process-count", type=_positive, metavar="N", help="how many there are")
 
 
 def _evaluation_options(evaluate: argparse.ArgumentParser) -> None:
@@ -275,6 +317,19 @@ def _ask_options(ask: argparse.ArgumentParser) -> None:
     add("--model", help="model folder, such as a run's export/, whose settings are then used unless --config is given")
     add("--evidence", default="", help="what one has to know to understand the question")
     _server_options(ask)
+
+
+def _check_options(check: argparse.ArgumentParser) -> None:
+    add = check.add_argument
+    add("--topology", metavar="NAME", help="compile the step for this slice, such as v5p:2x2x1 or v5e:4x4 (extra tpu)")
+    add(
+        "--model-config",
+        metavar="NAME",
+        help="a model's config.json, or a published model such as qwen2.5-coder-7b (default: the configured one)",
+    )
+    add("--episode-tokens", type=_positive, metavar="N", help="tokens of a mean episode (default: as many as may be)")
+    add("--trained-share", type=_share, default=0.25, metavar="S", help="part of them that is trained (%(default)s)")
+    add("--json", action="store_true", help="print one JSON object")
 
 
 def _server_options(parser: argparse.ArgumentParser) -> None:

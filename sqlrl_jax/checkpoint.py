@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
-from sqlrl_jax.checkpoint_model import MODEL, describe_model
+from sqlrl_jax.checkpoint_model import MODEL, describe_model, require_same_adapters
 from sqlrl_jax.checkpoint_record import Score, best_of, checksums, read_scores, restore_items
 from sqlrl_jax.config_lora import LoraConfig
 from sqlrl_jax.exchange import Exchange, exchange, first_fault
@@ -104,6 +104,7 @@ class Checkpoints:
         Unreadable ones are told through `warn` and moved aside. Raises CheckpointError when there are some and none can
         be read: then the model or the optimizer is likely another one than the run's.
         """
+        require_same_adapters(self.directory / MODEL, trained.lora)
         faults: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             items, fault = restore_items(self.directory / str(step), _items(trained.abstract_state()), self._exchange)

@@ -11,14 +11,14 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from sqlrl_jax.checkpoint_record import best_of, read_scores, restore_items
-from sqlrl_jax.config_lora import LoraConfig
+from sqlrl_jax.config_lora import LoraConfig, describe
 from sqlrl_jax.exchange import exchange
 from sqlrl_jax.mesh import param_sharding
 from sqlrl_jax.model.config import ModelConfig
@@ -46,9 +46,18 @@ def describe_model(folder: Path, config: ModelConfig, source: Path, lora: LoraCo
     (folder / "config.json").write_text(json.dumps(config.to_hf(), indent=2), encoding="utf-8")
 
 
-def load_params(path: str | Path, mesh: Mesh | None = None) -> tuple[Params, ModelConfig, Path]:
-    """The weights of a checkpoint, with adapters merged into their model: (parameters, model configuration, tokenizer
-    folder), split over `mesh` or on the first device.
+class Saved(NamedTuple):
+    """What a checkpoint holds: the weights, or adapters of the model in folder `base`."""
+
+    params: Params
+    config: ModelConfig
+    tokenizer: Path
+    lora: LoraConfig
+    base: str
+
+
+def load_saved(path: str | Path, mesh: Mesh | None = None) -> Saved:
+    """The trained parameters of a checkpoint, split over `mesh` or on the first device.
 
     `path` is a run folder, its checkpoints folder, or in that one step's folder or `best`. Raises CheckpointError.
     """
@@ -68,10 +77,33 @@ def load_params(path: str | Path, mesh: Mesh | None = None) -> tuple[Params, Mod
     items, fault = restore_items(folder, {"params": nest(dict(abstract))}, exchange)
     if fault:
         raise CheckpointError(f"{folder} cannot be read ({fault})")
-    params = items["params"]
-    if base is not None:
-        params = merge(load_hf(base, config, mesh), params, lora)
-    return params, config, root / MODEL
+    return Saved(items["params"], config, root / MODEL, lora, base)
+
+
+def load_params(
+    path: str | Path, mesh: Mesh | None = None, base: str | Path | None = None
+) -> tuple[Params, ModelConfig, Path]:
+    """The weights of a checkpoint, with adapters merged into their model: (parameters, model configuration, tokenizer
+    folder). `base` is that model's folder where it is no longer where it was. See `load_saved`."""
+    saved = load_saved(path, mesh)
+    if not saved.lora.rank:
+        return saved.params, saved.config, saved.tokenizer
+    folder = Path(base or saved.base)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}, the model that the adapters belong to, is not there: say where with --base")
+    return merge(load_hf(folder, saved.config, mesh), saved.params, saved.lora), saved.config, saved.tokenizer
+
+
+def require_same_adapters(folder: Path, lora: LoraConfig) -> None:
+    """Raises CheckpointError where a run that is to go on has trained other adapters than `lora`, or all weights."""
+    if not (folder / "config.json").exists():
+        return
+    saved = _adapters(folder)[1]
+    if describe(saved) != describe(lora):
+        raise CheckpointError(
+            f"{folder.parent}: the run has trained {describe(saved)}, but trainer.policy.model.lora now asks for "
+            f"{describe(lora)}. Put it back, or start again in another trainer.run_dir"
+        )
 
 
 def locate(path: str | Path) -> tuple[Path, int]:
@@ -100,11 +132,11 @@ def best_in(path: str | Path) -> Path:
     return locate(path)[0] / "best"
 
 
-def _adapters(folder: Path) -> tuple[str | None, LoraConfig]:
-    """The model that the checkpoints' adapters belong to, and their settings; (None, …) where there are none."""
+def _adapters(folder: Path) -> tuple[str, LoraConfig]:
+    """The model that the checkpoints' adapters belong to, and their settings, of rank 0 where there are none."""
     file = folder / _ADAPTERS
     if not file.exists():
-        return None, LoraConfig()
+        return "", LoraConfig()
     try:
         told: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return str(told["base"]), LoraConfig.model_validate({**told["lora"], "path": ""})

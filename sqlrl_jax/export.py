@@ -6,6 +6,7 @@ An imported folder is again a Hugging Face folder, checked name by name and in o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from sqlrl_jax.mesh import make_mesh
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.hf import Reader, hf_manifest, hf_table, save_hf
 from sqlrl_jax.model.hf_files import CheckpointError, write_checkpoint
+from sqlrl_jax.model.lora import trained_specs
 from sqlrl_jax.model.params import parameter_count
+from sqlrl_jax.model.peft import save_peft
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,36 @@ def import_model(hf_dir: str | Path, out: str | Path, dtype: str | None = None) 
     return Report(Path(out), config.model_type, parameter_count(config), kept)
 
 
-def export_checkpoint(checkpoint: str | Path, out: str | Path, dtype: str | None = None, best: bool = False) -> Report:
+def export_checkpoint(
+    checkpoint: str | Path,
+    out: str | Path,
+    dtype: str | None = None,
+    best: bool = False,
+    base: str | Path | None = None,
+) -> Report:
     """Write the weights of a training checkpoint as a Hugging Face folder: the one named, or of a run's the latest or the
-    `best`. `dtype` None takes that of the model it was trained from."""
+    `best`. `dtype` None takes that of the model it was trained from. Adapters are merged into their model, whose folder is
+    `base` where it is no longer where it was."""
     _require_new(out)
     # Orbax takes seconds to import; an import does not need it
     from sqlrl_jax.checkpoint_model import best_in, load_params
 
     mesh = make_mesh(MeshConfig())
-    params, config, tokenizer = load_params(best_in(checkpoint) if best else checkpoint, mesh)
+    params, config, tokenizer = load_params(best_in(checkpoint) if best else checkpoint, mesh, base)
     save_hf(out, params, config, dtype, tokenizer)
     return Report(Path(out), config.model_type, parameter_count(config), dtype or config.dtype)
+
+
+def export_adapter(
+    checkpoint: str | Path, out: str | Path, best: bool = False, base: str | Path | None = None
+) -> Report:
+    """Write the adapters of a training checkpoint as a PEFT folder. See `export_checkpoint`."""
+    _require_new(out)
+    from sqlrl_jax.checkpoint_model import best_in, load_saved
+
+    saved = load_saved(best_in(checkpoint) if best else checkpoint)
+    if not saved.lora.rank:
+        raise CheckpointError(f"{checkpoint} holds no adapters: all weights were trained; export it without --adapter")
+    save_peft(out, saved.params, saved.config, saved.lora, base or saved.base)
+    size = sum(math.prod(spec.shape) for spec in trained_specs(saved.config, saved.lora).values())
+    return Report(Path(out), f"PEFT adapter for {saved.config.model_type}", size, "float32")

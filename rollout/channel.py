@@ -82,5 +82,6 @@ def require_loopback(address: str) -> None:
     if not local:
         raise UserError(
             f"bridge.listen {address!r}: only loopback addresses are accepted, because the bridge is neither encrypted nor "
-            f"authenticated; use 127.0.0.1:{split_address(address)[1]} and a tunnel (ssh -L) from other machines"
+            f"authenticated; use 127.0.0.1:{split_address(address)[1]} and a tunnel (ssh -L) from other machines, or "
+            f"bridge.trusted_network=true where only the run's own hosts reach the port"
         )

@@ -55,17 +55,25 @@ class RolloutClient:
     `stall_timeout`: seconds in which neither an episode nor a token came after which a service counts as dead.
     `silence_timeout`: the same without even the heartbeat that a service sends every second.
     `retries`: how often an episode that failed for reasons of infrastructure is asked for again.
+    `players`: which of the addresses are asked for episodes (default: all); the others only get weights.
     `duplicates`, `retried`, `lost` count over the client's life.
     """
 
     def __init__(
-        self, addresses: Sequence[str], *, stall_timeout: float = 300.0, silence_timeout: float = 60.0, retries: int = 2
+        self,
+        addresses: Sequence[str],
+        *,
+        stall_timeout: float = 300.0,
+        silence_timeout: float = 60.0,
+        retries: int = 2,
+        players: Sequence[int] | None = None,
     ) -> None:
         if not addresses:
             raise ValueError("at least one rollout service address is needed")
         self._stubs = [Stub(address) for address in addresses]
         self.stall_timeout, self.silence_timeout = stall_timeout, min(silence_timeout, stall_timeout)
         self.retries = retries
+        self.players = list(range(len(addresses)) if players is None else players)
         self._owner = ("", 0)
         self.duplicates = self.retried = self.lost = 0
 
@@ -170,9 +178,9 @@ class _Batch:
 
     def run(self) -> list[Trajectory]:
         tasks = list(self._ledger.tasks.values())
-        places = len(self._client.addresses)
-        for place in range(places):
-            self._ask(place, tasks[place::places])
+        players = self._client.players
+        for turn, place in enumerate(players):
+            self._ask(place, tasks[turn :: len(players)])
         checked = time.monotonic()
         while self._streams:
             try:

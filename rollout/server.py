@@ -2,7 +2,7 @@
 
 One event loop runs the episodes, the calls and the receiver of weights; whatever blocks (the engine's weights, the
 environments) runs in threads. A client that goes away takes its episodes with it. Left out until they are needed: TLS and
-tokens (so only loopback addresses), several engines in one process.
+tokens (so only loopback addresses, unless the network is trusted), several engines in one process.
 """
 
 from __future__ import annotations
@@ -237,9 +237,10 @@ def _handler(name: str, function: Callable[..., Any]) -> Any:
     return grpc.unary_unary_rpc_method_handler(answer, **codecs)
 
 
-async def start(service: RolloutService, listen: str) -> tuple[Any, str]:
+async def start(service: RolloutService, listen: str, *, trusted_network: bool = False) -> tuple[Any, str]:
     """Starts the gRPC server in this event loop; returns it and `host:port`. Raises UserError."""
-    require_loopback(listen)
+    if not trusted_network:
+        require_loopback(listen)
     server = grpc.aio.server(options=OPTIONS)
     functions: dict[str, Callable[..., Any]] = {
         "Rollout": service.rollout,
@@ -265,7 +266,13 @@ async def start(service: RolloutService, listen: str) -> tuple[Any, str]:
 
 
 async def serve(
-    engine: Engine, play: Player, listen: str, *, port_file: str | None = None, supervised: bool = False
+    engine: Engine,
+    play: Player,
+    listen: str,
+    *,
+    port_file: str | None = None,
+    supervised: bool = False,
+    trusted_network: bool = False,
 ) -> None:
     """Serves until SIGTERM, Ctrl-C or, when supervised, until whoever holds the other end of standard input is gone.
 
@@ -282,7 +289,7 @@ async def serve(
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
     service = RolloutService(engine, play)
-    server, address = await start(service, listen)
+    server, address = await start(service, listen, trusted_network=trusted_network)
     if supervised:
         threading.Thread(target=_watch_parent, args=(loop, stopping), name="parent", daemon=True).start()
     if port_file:
@@ -308,12 +315,23 @@ def _watch_parent(loop: asyncio.AbstractEventLoop, stopping: asyncio.Event) -> N
 
 def main(config: Config, port_file: str | None = None) -> int:
     """`launch.py serve`. A service given a port file belongs to the process that gave it, and stops when that one dies."""
-    require_loopback(config.bridge.listen)  # before a model is loaded for nothing
+    bridge = config.bridge
+    if not bridge.trusted_network:
+        require_loopback(bridge.listen)  # before a model is loaded for nothing
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s")
     with contextlib.ExitStack() as stack:
         engine, play = _build(config, stack)
         supervised = port_file is not None
-        asyncio.run(serve(engine, play, config.bridge.listen, port_file=port_file, supervised=supervised))
+        asyncio.run(
+            serve(
+                engine,
+                play,
+                bridge.listen,
+                port_file=port_file,
+                supervised=supervised,
+                trusted_network=bridge.trusted_network,
+            )
+        )
     return 0
 
 

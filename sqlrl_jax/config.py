@@ -212,7 +212,9 @@ class GeneratorConfig(Section):
 
 class BridgeConfig(Section):
     listen: str = "127.0.0.1:0"
-    """Where `launch.py serve` listens; port 0 takes a free one. Only loopback addresses are accepted."""
+    """Where `launch.py serve` listens; port 0 takes a free one. Only loopback addresses, unless trusted_network."""
+    trusted_network: bool = False
+    """Listen on addresses that other machines reach, neither encrypted nor authenticated: only in a private network."""
     start_timeout: float = Field(180.0, gt=0)
     """Seconds a rollout service may take to start."""
     push_timeout: float = Field(300.0, gt=0)

@@ -14,10 +14,10 @@ from rich.table import Table
 
 
 class Display:
-    """Prints to the terminal and to `log`, a function that takes text."""
+    """Prints to the terminal, unless `quiet`, and to `log`, a function that takes text."""
 
-    def __init__(self, log: Callable[[str], None] = lambda text: None) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
+    def __init__(self, log: Callable[[str], None] = lambda text: None, *, quiet: bool = False) -> None:
+        self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
         self._log = log
 
     def print(self, what: RenderableType, style: str = "") -> None:
@@ -39,7 +39,7 @@ class Display:
     @contextmanager
     def bar(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
         """A live bar of `total` episodes; yields a function that takes the number done."""
-        if not self.console.is_terminal:  # where rich would leave an empty line for each bar
+        if self.console.quiet or not self.console.is_terminal:  # where rich would leave an empty line for each bar
             yield lambda done: None
             return
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} episodes"))

@@ -2,7 +2,7 @@
 
 A service that this run started is restarted when it dies, gets the present weights again, and is asked only for what is
 still missing; the bridge's client counts every (question, sample) exactly once. Services started elsewhere
-(`generator.services`) are waited for instead.
+(`generator.services`) are waited for instead. With several learner processes: shared_fleet.py.
 """
 
 from __future__ import annotations
@@ -40,13 +40,22 @@ class Fleet:
         self._process: ServiceProcess | None = None
         self.republish: Callable[[], Any] = lambda: None
         """Pushes the present weights to every service; the trainer sets it."""
-        addresses = list(config.generator.services)
-        if not addresses:
-            command = [sys.executable, str(LAUNCH), "serve", "--config", str(config_file)]
-            self._process = ServiceProcess(command, log_file, start_timeout=config.bridge.start_timeout)
-            addresses = [self._process.start()]
-        self.client = RolloutClient(addresses, stall_timeout=config.bridge.stall_timeout)
+        addresses = list(config.generator.services) or [self._start(config_file, log_file)]
+        self.client = self._connect(addresses)
         self.client.wait_ready(config.bridge.start_timeout)
+
+    def _start(self, config_file: Path, log_file: Path, *settings: str) -> str:
+        """Starts a service of our own and returns its address."""
+        command = [sys.executable, str(LAUNCH), "serve", "--config", str(config_file), *settings]
+        self._process = ServiceProcess(command, log_file, start_timeout=self._config.bridge.start_timeout)
+        return self._process.start()
+
+    def _connect(self, addresses: Sequence[str]) -> RolloutClient:
+        return RolloutClient(addresses, stall_timeout=self._config.bridge.stall_timeout)
+
+    def share(self, tasks: Sequence[Task]) -> Sequence[Task]:
+        """Those of `tasks` that this process has its services play: all."""
+        return tasks
 
     def rollout(
         self,
@@ -78,12 +87,7 @@ class Fleet:
 
         Raises InfrastructureError after bridge.max_restarts losses without a finished batch in between.
         """
-        self._restarts += 1
-        limit = self._config.bridge.max_restarts
-        if self._restarts > limit:
-            raise InfrastructureError(
-                f"rollout service {address} was lost {self._restarts} times in a row (bridge.max_restarts = {limit}): {error}"
-            )
+        self._count_loss(address, str(error))
         if self._process is None:
             self._say(f"rollout service {address} is lost ({error}); waiting for it to come back")
         else:
@@ -93,6 +97,14 @@ class Fleet:
         self.client.wait_ready(self._config.bridge.start_timeout)
         self.republish()
         self._say(f"rollout service {address} is back with the present weights; asking again for the missing episodes")
+
+    def _count_loss(self, address: str, why: str) -> None:
+        self._restarts += 1
+        limit = self._config.bridge.max_restarts
+        if self._restarts > limit:
+            raise InfrastructureError(
+                f"rollout service {address} was lost {self._restarts} times in a row (bridge.max_restarts = {limit}): {why}"
+            )
 
     def close(self) -> None:
         self.client.close()

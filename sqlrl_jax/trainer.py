@@ -2,6 +2,9 @@
 
 Synchronous: episodes of step n are sampled from version n of the weights and make version n + 1. The state of a run is
 the learner's state and the step; data order and sampling seeds follow from the step, so a resumed run repeats exactly.
+
+With several processes each runs this very loop. They hold the same episodes and do the same arithmetic on their own shards;
+what belongs to one of them alone (files, the terminal) is process 0's. How they agree is distributed.py's business.
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ from sqlrl_jax.data.gold import without_bad_golds
 from sqlrl_jax.data.order import batch_at, steps_per_epoch
 from sqlrl_jax.data.questions import Questions, load_questions
 from sqlrl_jax.display import Display, comparison, eval_line, step_line
+from sqlrl_jax.distributed import World
 from sqlrl_jax.evaluate import evaluate
-from sqlrl_jax.fleet import Fleet, sampling_params
+from sqlrl_jax.fleet import sampling_params
 from sqlrl_jax.learner import Learner, build_learner
 from sqlrl_jax.metrics import rollout_metrics
 from sqlrl_jax.model.hf import save_hf
@@ -33,44 +37,48 @@ from sqlrl_jax.plan import plan_rows, warnings_for
 from sqlrl_jax.report import write_report
 from sqlrl_jax.rl.advantages import Rewards, advantage_metrics, load_estimator
 from sqlrl_jax.rl.rewards import final_rewards
-from sqlrl_jax.run import Decode, Run
+from sqlrl_jax.run import Decode, Run, open_run
+from sqlrl_jax.shared_fleet import open_fleet
 from sqlrl_jax.stop import Stopped, StopSignal
 from sqlrl_jax.weights import Pusher, PushError
 
 
-def train(config: Config) -> int:
+def train(config: Config, world: World) -> int:
     """Runs or resumes the run that `config` describes. Returns the process's exit status."""
+    world.require_same("configuration", config.model_dump_json(indent=1))
     with ExitStack() as stack:
-        stop = StopSignal()
+        stop = StopSignal(world)
         stack.callback(stop.close)
-        run = Run(config)
+        run = open_run(config, world)
         stack.callback(run.close)
-        display = Display(run.log)
-        trainer = Trainer(config, run, display, stop, stack)
-        try:
-            trainer.loop()
-        except Stopped as signal:
-            trainer.save()
-            display.print(
-                f"stopped by {signal} after step {trainer.step}; everything up to there is saved. Go on with:"
-            )
-            display.print(
-                f"    python launch.py --config {run.dir}/config.yaml trainer.resume_mode=latest", style="bold"
-            )
-            return 130
-        trainer.finish()
+        world.record(run.log)
+        display = Display(run.log, quiet=not world.is_main)
+        with world.ending_together():
+            trainer = Trainer(config, world, run, display, stop, stack)
+            try:
+                trainer.loop()
+            except Stopped as signal:
+                trainer.save()
+                display.print(
+                    f"stopped by {signal} after step {trainer.step}; everything up to there is saved. Go on with:"
+                )
+                display.print(
+                    f"    python launch.py --config {run.dir}/config.yaml trainer.resume_mode=latest", style="bold"
+                )
+                return 130
+            trainer.finish()
     return 0
 
 
 class Trainer:
     """One run: its data, learner, services and the step it has reached."""
 
-    def __init__(self, config: Config, run: Run, display: Display, stop: StopSignal, stack: ExitStack) -> None:
-        self.config, self.run, self.display, self.stop = config, run, display, stop
+    def __init__(
+        self, config: Config, world: World, run: Run, display: Display, stop: StopSignal, stack: ExitStack
+    ) -> None:
+        self.config, self.world, self.run, self.display, self.stop = config, world, run, display, stop
         self.estimator = load_estimator(config.trainer.algorithm.advantage_estimator)
-        data = load_questions(config)
-        train = without_bad_golds(data.train, config, run.dir / "dropped_questions.jsonl", display.print, run.log)
-        self.data: Questions = replace(data, train=train)
+        self.data = self._questions()
         self.total = self._total_steps()
         trainer = config.trainer
         minibatches = trainer.train_batch_size // trainer.policy_mini_batch_size * trainer.update_epochs_per_batch
@@ -81,7 +89,7 @@ class Trainer:
         self.step = self._restore()
         run.forget_after(self.step if self.step else -1)
         self._plan()
-        self.fleet = Fleet(config, run.dir / "config.yaml", run.dir / "service.log", display.print)
+        self.fleet = open_fleet(world, config, run.dir, display.print)
         stack.callback(self.fleet.close)
         self.pusher = Pusher(
             self.fleet.client,
@@ -91,6 +99,7 @@ class Trainer:
             run_id=run.id,
             epoch=run.epoch,
             timeout=config.bridge.push_timeout,
+            world=world,
         )
         self.fleet.republish = self.push
         self.push()
@@ -152,9 +161,8 @@ class Trainer:
 
     def evaluate(self, turns: int) -> None:
         """Measures the present weights on the evaluation questions with up to `turns` turns; prints and logs."""
-        with self.display.bar(
-            "evaluating", len(self.data.val) * self.config.generator.eval_n_samples_per_prompt
-        ) as bar:
+        total = len(self.fleet.share(self.data.val)) * self.config.generator.eval_n_samples_per_prompt
+        with self.display.bar("evaluating", total) as bar:
             episodes, metrics = evaluate(self.fleet, self.config, self.data.val, self.step, turns, self._follow(bar))
         metrics["max_turns"] = turns
         self.display.print(eval_line(self.step, turns, metrics), style="bold")
@@ -168,7 +176,6 @@ class Trainer:
 
     def finish(self) -> None:
         """After the last step: one-turn accuracy, checkpoint, export, the before/after table, the report."""
-        turns = self.config.generator.max_turns
         self.save()
         self.checkpoints.wait()
         save_hf(
@@ -179,7 +186,11 @@ class Trainer:
             save_peft(
                 self.run.adapter, learner.state.params, learner.model_config, learner.lora, base=learner.tokenizer_dir
             )
-        history = self.run.history("eval")
+        if self.world.is_main:
+            self._report()
+
+    def _report(self) -> None:
+        turns, learner, history = self.config.generator.max_turns, self.learner, self.run.history("eval")
         before = next(m for m in history if m["max_turns"] == turns)
         after = next(m for m in reversed(history) if m["max_turns"] == turns)
         columns = [(f"after (step {after['step']})", after)]
@@ -194,7 +205,7 @@ class Trainer:
 
     def _rollout(self, tasks: Sequence[Task], samples: int, label: str) -> list[Trajectory]:
         generator = self.config.generator
-        with self.display.bar(label, len(tasks) * samples) as bar:
+        with self.display.bar(label, len(self.fleet.share(tasks)) * samples) as bar:
             return self.fleet.rollout(
                 tasks,
                 samples=samples,
@@ -213,14 +224,29 @@ class Trainer:
             nonlocal done
             done += 1
             bar(done)
-            self.stop.check()
+            self.stop.heed()
 
         return on_trajectory
+
+    def _questions(self) -> Questions:
+        """What is trained on and measured. Process 0 alone tries the gold queries, and tells the others what is left."""
+        data = self.world.in_turn("data", lambda: load_questions(self.config))
+        self.world.require_same("questions", "\n".join(data.by_id))
+        record = self.run.dir / "dropped_questions.jsonl"
+        left = self.world.from_main(
+            "questions with good gold queries",
+            lambda: [
+                task.id for task in without_bad_golds(data.train, self.config, record, self.display.print, self.run.log)
+            ],
+        )
+        kept = set(left)
+        return replace(data, train=[task for task in data.train if task.id in kept])
 
     def _restore(self) -> int:
         if self.config.trainer.resume_mode == "none":
             return 0
         step = self.checkpoints.restore_latest(self.learner, warn=self.display.warn)
+        self.world.require_same("step to go on from", str(step))
         self.display.print(f"resuming after step {step}" if step else "no checkpoint yet: starting from the first step")
         return step
 
@@ -243,9 +269,11 @@ class Trainer:
     def _evaluate_all(self) -> None:
         """Evaluates unless a resumed run has that already; first and last also with one turn, to show what looking adds."""
         limits = [self.config.generator.max_turns] + [1] * (self.step in (0, self.total))
-        known = {(m["step"], m["max_turns"]) for m in self.run.history("eval")}
+        done = self.world.from_main(
+            "evaluations", lambda: [m["max_turns"] for m in self.run.history("eval") if m["step"] == self.step]
+        )
         for limit in dict.fromkeys(limits):
-            if (self.step, limit) not in known:
+            if limit not in done:
                 self.evaluate(limit)
 
     def _plan(self) -> None:

@@ -2,9 +2,10 @@
 
 One jitted call turns the parameter tree into Hugging Face tensors in the engine's dtype, sharded as they are; only shards
 that this process owns (`replica_id == 0`) leave the device. They travel as raw frames; a broken transfer goes on from the
-byte ranges that the service still misses. Two phases: every service has everything, checked, before any applies it.
+byte ranges that the service still misses. Two phases: every service has everything, checked, before any applies it. With
+several learner processes each sends its own shards to every service, and process 0 leads through the phases.
 
-Left out: several learner processes (they need a barrier between the phases) and sending only what changed.
+Left out: sending only what changed.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -25,9 +26,12 @@ from rollout.channel import grpc
 from rollout.client import RolloutClient
 from rollout.stub import BridgeError, Stub, explain
 from sqlrl_jax.config_lora import LoraConfig
+from sqlrl_jax.distributed import World
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.hf import to_hf_tensors
 from sqlrl_jax.model.peft import to_peft_tensors
+
+T = TypeVar("T")
 
 ATTEMPTS = 3
 RETRY_SECONDS = 5.0  # for a service to answer again after a broken transfer
@@ -35,6 +39,16 @@ RETRY_SECONDS = 5.0  # for a service to answer again after a broken transfer
 
 class PushError(BridgeError):
     """The weights did not arrive at `address`. The services go on with what they had, or are quarantined."""
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Why a service did not do what it was asked. `alive`: it answers, so another attempt may go through."""
+
+    address: str
+    text: str
+    transient: bool
+    alive: bool
 
 
 @dataclass(frozen=True)
@@ -86,7 +100,9 @@ class Pusher:
         run_id: str,
         epoch: int,
         timeout: float = 300.0,
+        world: World | None = None,
     ) -> None:
+        self._world = world or World()
         self._client, self._run, self._epoch, self._timeout = client, run_id, epoch, timeout
         named = partial(to_peft_tensors, lora=lora) if lora and lora.rank else to_hf_tensors
         self._convert = jax.jit(partial(named, config=model_config, dtype=dtype))
@@ -95,7 +111,8 @@ class Pusher:
     def push(self, params: Any, version: int) -> dict[str, float]:
         """Makes trained `params` the weights of every service as `version`; returns seconds and bytes as bridge/… metrics.
 
-        Idempotent: a service that has this version already is left alone. Raises PushError naming the service.
+        Idempotent: a service that has this version already is left alone. Raises PushError naming the service, in every
+        process the same.
         """
         clock = _Clock()
         converted = jax.block_until_ready(self._convert(params))
@@ -103,75 +120,106 @@ class Pusher:
         tensors = [host_tensor(name, converted[name]) for name in sorted(converted)]
         clock.lap("device_to_host")
         key = pb.WeightsKey(run=self._run, epoch=self._epoch, version=version)
-        stubs = self._client.stubs
-        try:
-            sent = self._everywhere(lambda stub: self._stage(stub, key, tensors))
-        except PushError:
-            self._abort(key)
-            raise
+        sent = self._stage(key, tensors)
         clock.lap("wire")
-        states = self._everywhere(lambda stub: self._apply(stub, key))
+        states = self._apply(key)
         clock.lap("apply")
         size = sum(data.nbytes for tensor in tensors for data in tensor.owned.values())
+        totals = self._world.gather("bytes pushed", [size, sent])
         return clock.seconds | {
-            "bridge/pause_seconds": max(state.pause_seconds for state in states),
-            "bridge/model_bytes": float(size),
-            "bridge/sent_bytes": float(sum(sent)),
-            "bridge/services": float(len(stubs)),
+            "bridge/pause_seconds": max((state.pause_seconds for state in states), default=0.0),
+            "bridge/model_bytes": float(sum(size for size, _ in totals)),
+            "bridge/sent_bytes": float(sum(sent for _, sent in totals)),
+            "bridge/services": float(len(self._client.stubs)),
         }
 
-    def _everywhere(self, function: Callable[[Stub], Any]) -> list[Any]:
-        """Calls `function` for all services at the same time; waits for all, then raises the first error."""
-        stubs = self._client.stubs
-        with ThreadPoolExecutor(len(stubs), thread_name_prefix="push") as pool:
-            futures = [pool.submit(function, stub) for stub in stubs]
-        return [future.result() for future in futures]
+    def _stage(self, key: pb.WeightsKey, tensors: Sequence[HostTensor]) -> int:
+        """Brings every service everything, checked; returns the bytes that this process sent. Raises PushError.
 
-    def _stage(self, stub: Stub, key: pb.WeightsKey, tensors: Sequence[HostTensor]) -> int:
-        """Begin, Push and PREPARE on one service; returns the bytes sent. Goes on where a broken attempt stopped."""
+        Each process sends its shards; when all have, process 0 has the services check that they are whole. Another attempt
+        goes on where a broken one stopped, because Begin tells what is missing.
+        """
         manifest = [tensor.to_proto() for tensor in tensors]
         begin = pb.BeginRequest(weights=key, manifest=manifest, lease_seconds=self._timeout)
-        sent, attempt = 0, 1
-        while True:
-            try:
-                state = stub.begin(begin, timeout=self._timeout)
-                if state.missing:
-                    stream = frames_of(tensors, state.push_id, state.missing)
-                    sent += stub.push(stream, timeout=self._timeout).bytes
-                stub.commit(pb.CommitRequest(weights=key, phase=pb.PREPARE), timeout=self._timeout)
+        sent = 0
+        for attempt in range(1, ATTEMPTS + 1):
+            bytes_sent, problems = self._everywhere(lambda stub: self._send(stub, begin, tensors))
+            sent += sum(bytes_sent)
+            problems = self._of_all("pushed", problems) or self._commit(key, pb.PREPARE)[1]
+            if not problems:
                 return sent
+            worst = min(problems, key=lambda problem: (problem.transient, problem.alive))
+            if attempt == ATTEMPTS or not worst.transient or not worst.alive:
+                break
+        self._abort(key)
+        raise PushError(
+            worst.address,
+            f"pushing weight version {key.version} failed (attempt {attempt} of {ATTEMPTS}): {worst.text}",
+            transient=worst.transient,
+        )
+
+    def _send(self, stub: Stub, begin: pb.BeginRequest, tensors: Sequence[HostTensor]) -> int:
+        """Begin and Push on one service; returns the bytes sent. Raises grpc.RpcError."""
+        state = stub.begin(begin, timeout=self._timeout)
+        mine = list(owned_ranges(tensors, state.missing))
+        if not mine:
+            return 0
+        sent: int = stub.push(frames_of(tensors, state.push_id, mine), timeout=self._timeout).bytes
+        return sent
+
+    def _apply(self, key: pb.WeightsKey) -> list[pb.PushState]:
+        """Every service takes the new weights. Returns their states in process 0. Raises PushError."""
+        states, problems = self._commit(key, pb.APPLY)
+        if problems:
+            raise PushError(problems[0].address, f"weight version {key.version} was not applied: {problems[0].text}")
+        return states
+
+    def _commit(self, key: pb.WeightsKey, phase: pb.Phase) -> tuple[list[pb.PushState], list[_Problem]]:
+        """Process 0 takes all services through a phase; the others wait for what came of it."""
+        request = pb.CommitRequest(weights=key, phase=phase)
+        states: list[pb.PushState] = []
+        problems: list[_Problem] = []
+        if self._world.is_main:
+            states, problems = self._everywhere(lambda stub: stub.commit(request, timeout=self._timeout))
+        return states, self._of_all("committed", problems)
+
+    def _everywhere(self, function: Callable[[Stub], T]) -> tuple[list[T], list[_Problem]]:
+        """Calls `function` for all services at the same time; waits for all. Returns the results and what went wrong."""
+
+        def call(stub: Stub) -> T | _Problem:
+            try:
+                return function(stub)
             except grpc.RpcError as error:
                 problem = explain(stub.address, error)
-            if not problem.transient or attempt == ATTEMPTS or not stub.healthy(RETRY_SECONDS, wait=True):
-                raise PushError(
-                    stub.address,
-                    f"pushing weight version {key.version} failed (attempt {attempt} of {ATTEMPTS}): {problem}",
-                    transient=problem.transient,
-                )
-            attempt += 1
+            alive = not problem.transient or stub.healthy(RETRY_SECONDS, wait=True)
+            return _Problem(stub.address, str(problem), problem.transient, alive)
 
-    def _apply(self, stub: Stub, key: pb.WeightsKey) -> pb.PushState:
-        try:
-            state: pb.PushState = stub.commit(pb.CommitRequest(weights=key, phase=pb.APPLY), timeout=self._timeout)
-        except grpc.RpcError as error:
-            raise PushError(
-                stub.address, f"weight version {key.version} was not applied: {explain(stub.address, error)}"
-            ) from None
-        return state
+        stubs = self._client.stubs
+        with ThreadPoolExecutor(len(stubs), thread_name_prefix="push") as pool:
+            done = list(pool.map(call, stubs))
+        return [d for d in done if not isinstance(d, _Problem)], [d for d in done if isinstance(d, _Problem)]
+
+    def _of_all(self, name: str, problems: list[_Problem]) -> list[_Problem]:
+        """The problems of all processes, in every process."""
+        return [_Problem(*p) for part in self._world.gather(name, [astuple(p) for p in problems]) for p in part]
 
     def _abort(self, key: pb.WeightsKey) -> None:
         """Tells all services to forget a push that has failed somewhere; leases cover those that cannot be told."""
-        for stub in self._client.stubs:
+        for stub in self._client.stubs if self._world.is_main else ():
             call = stub.abort.future(pb.AbortRequest(weights=key), timeout=5.0)
             call.exception()
+
+
+def owned_ranges(tensors: Sequence[HostTensor], missing: Sequence[pb.ByteRange]) -> Iterator[pb.ByteRange]:
+    """Those of `missing` that lie in slices of ours."""
+    return (gap for gap in missing if gap.slice in tensors[gap.tensor].owned)
 
 
 def frames_of(tensors: Sequence[HostTensor], push: int, missing: Sequence[pb.ByteRange]) -> Iterator[bytes]:
     """The frames that a service still misses, of the slices that are ours, in the order of `missing`."""
     wanted: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for gap in missing:
-        if gap.slice in tensors[gap.tensor].owned:
-            wanted.setdefault((gap.tensor, gap.slice), []).append((gap.offset, gap.length))
+    for gap in owned_ranges(tensors, missing):
+        wanted.setdefault((gap.tensor, gap.slice), []).append((gap.offset, gap.length))
     for (tensor, part), ranges in wanted.items():
         yield from frames.slice_frames(push, tensor, part, tensors[tensor].owned[part].data, ranges)
 

@@ -1,0 +1,165 @@
+"""The rollout services of a run with several learner processes: each asks its own for its share of the questions.
+
+Who asks does not matter to an episode (its seed follows from question and sample), and afterwards every process holds all
+episodes in the same order, so all do the same arithmetic. A process owns the service that it started, or every so many-th of
+`generator.services`. When one is lost, its process keeps what has come; as soon as all have played what they could, its
+owner starts it again, all push the weights once more, and the missing episodes are asked for.
+
+Left out: giving a slow process's questions to another. Shares are equal and fixed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rollout import bridge_pb2 as pb
+from rollout import wire
+from rollout.client import RolloutClient
+from rollout.errors import UserError
+from rollout.stub import BridgeError
+from rollout.types import SamplingParams, Task, Trajectory
+from sqlrl_jax.config import Config
+from sqlrl_jax.distributed import World
+from sqlrl_jax.fleet import Fleet
+from sqlrl_jax.link import is_loopback
+from sqlrl_jax.stop import Stopped
+
+
+@dataclass
+class Answer:
+    """What one process got of its share. `lost` are services (address, why); `stop` tells that it was asked to stop."""
+
+    episodes: list[Trajectory] = field(default_factory=list)
+    lost: list[tuple[str, str]] = field(default_factory=list)
+    stop: str = ""
+
+    def pack(self) -> bytes:
+        messages = [wire.trajectory_to_proto(episode).SerializeToString() for episode in self.episodes]
+        head = {"lost": self.lost, "stop": self.stop, "sizes": [len(message) for message in messages]}
+        return b"".join([json.dumps(head).encode(), b"\n", *messages])
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Answer:
+        line, _, body = data.partition(b"\n")
+        head, episodes, start = json.loads(line), [], 0
+        for size in head["sizes"]:
+            message = pb.Trajectory.FromString(body[start : start + size])
+            episodes.append(wire.trajectory_from_proto(message))
+            start += size
+        return cls(episodes, [(address, why) for address, why in head["lost"]], head["stop"])
+
+
+class SharedFleet(Fleet):
+    """All services of all processes. Every method but `close` and `share` must be called by all processes at one point."""
+
+    def __init__(
+        self, world: World, config: Config, config_file: Path, log_file: Path, say: Callable[[str], None]
+    ) -> None:
+        self._world = world
+        self._owned: list[int] = []
+        super().__init__(config, config_file, log_file, say)
+        world.barrier("services are up")
+
+    def _start(self, config_file: Path, log_file: Path, *settings: str) -> str:
+        host = self._world.address
+        together = all(is_loopback(peer.address) for peer in self._world.peers)
+        if not together and not self._config.bridge.trusted_network:
+            raise UserError(
+                "each host would start a rollout service that the others must reach, and the bridge is neither encrypted nor "
+                "authenticated: set bridge.trusted_network=true where only the run's own hosts reach its ports, or name "
+                "services in generator.services, at the local ends of tunnels for example"
+            )
+        listen = "127.0.0.1:0" if together else f"[{host}]:0" if ":" in host else f"{host}:0"
+        return super()._start(config_file, log_file, f"bridge.listen={listen}")
+
+    def _connect(self, addresses: Sequence[str]) -> RolloutClient:
+        index, count = self._world.index, self._world.count
+        if self._process is not None:
+            addresses = self._world.gather("service", addresses[0])
+            self._owned = players = [index]
+        else:
+            players = list(range(index, len(addresses), count)) or [index % len(addresses)]
+        return RolloutClient(addresses, stall_timeout=self._config.bridge.stall_timeout, players=players)
+
+    def share(self, tasks: Sequence[Task]) -> Sequence[Task]:
+        """Those of `tasks` that this process has its services play."""
+        return tasks[self._world.index :: self._world.count]
+
+    def rollout(
+        self,
+        tasks: Sequence[Task],
+        *,
+        samples: int,
+        sampling: SamplingParams,
+        version: int | None,
+        seed: int,
+        max_turns: int,
+        on_trajectory: Callable[[Trajectory], None],
+    ) -> list[Trajectory]:
+        """As Fleet.rollout; `on_trajectory` sees this process's episodes alone. Raises Stopped in all processes if it does
+        in one."""
+        got: dict[tuple[str, int], Trajectory] = {}
+
+        def play(asked: Sequence[Task]) -> Answer:
+            answer = Answer()
+
+            def take(episode: Trajectory) -> None:
+                answer.episodes.append(episode)
+                on_trajectory(episode)
+
+            try:
+                self.client.rollout(
+                    asked, samples, sampling, version=version, seed=seed, max_turns=max_turns, on_trajectory=take
+                )
+            except Stopped as stopped:
+                answer.stop = str(stopped)
+            except BridgeError as error:
+                if not error.transient:
+                    raise
+                answer.lost.append((error.address, str(error)))
+            return answer
+
+        todo = tasks
+        while todo:
+            answers = [Answer.unpack(data) for data in self._world.exchange("episodes", play(self.share(todo)).pack())]
+            stop = next((answer.stop for answer in answers if answer.stop), "")
+            if stop:
+                raise Stopped(stop)
+            got |= {(episode.task_id, episode.sample): episode for answer in answers for episode in answer.episodes}
+            todo = [task for task in tasks if any((task.id, sample) not in got for sample in range(samples))]
+            lost = {address: why for answer in answers for address, why in answer.lost}
+            if lost:
+                self._mend(lost)
+        self._restarts = 0
+        return [got[task.id, sample] for task in tasks for sample in range(samples)]
+
+    def bring_back(self, address: str, error: Exception) -> None:
+        """As Fleet.bring_back, in all processes."""
+        self._mend({address: str(error)})
+
+    def _mend(self, lost: dict[str, str]) -> None:
+        moved: dict[str, str] = {}
+        for address, why in lost.items():
+            self._count_loss(address, why)
+            mine = self._owned and self.client.addresses[self._owned[0]] == address
+            doing = "waiting for it to come back" if self._config.generator.services else "starting it again"
+            self._say(f"rollout service {address} is lost ({why}); {doing}")
+            if mine and self._process is not None:
+                moved[address] = self._process.restart()
+        for part in self._world.gather("moved services", moved):
+            for address, now in part.items():
+                self.client.replace(now, address)
+        self.client.wait_ready(self._config.bridge.start_timeout)
+        self.republish()
+        self._say("all rollout services have the present weights again; asking for the missing episodes")
+
+
+def open_fleet(world: World, config: Config, folder: Path, say: Callable[[str], None]) -> Fleet:
+    """The services of the run in `folder`."""
+    config_file = folder / "config.yaml"
+    if world.count == 1:
+        return Fleet(config, config_file, folder / "service.log", say)
+    return SharedFleet(world, config, config_file, folder / f"service.process{world.index}.log", say)

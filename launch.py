@@ -124,7 +124,7 @@ def _export(args: argparse.Namespace) -> int:
     from sqlrl_jax.export import export_adapter, export_checkpoint
 
     write = export_adapter if args.adapter else export_checkpoint
-    print(write(args.checkpoint, args.out, base=args.base))
+    print(write(args.checkpoint, args.out, best=args.best, base=args.base))
     return 0
 
 
@@ -273,6 +273,7 @@ def _parser() -> argparse.ArgumentParser:
     parsers["import"].add_argument("--model", required=True, help="Hugging Face checkpoint folder")
     parsers["import"].add_argument("--out", required=True, help="folder to write; must not exist")
     parsers["export"].add_argument("--checkpoint", required=True, help="run folder or one of its checkpoints")
+    parsers["export"].add_argument("--best", action="store_true", help="of a run folder: the most accurate checkpoint")
     parsers["export"].add_argument("--out", required=True, help="folder to write; must not exist")
     parsers["export"].add_argument("--adapter", action="store_true", help="write the adapters alone, as a PEFT folder")
     parsers["export"].add_argument(

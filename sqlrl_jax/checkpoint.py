@@ -13,7 +13,6 @@ they always restore the same step. What follows from the step alone (data order,
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
 from sqlrl_jax.checkpoint_model import MODEL, describe_model, require_same_adapters
-from sqlrl_jax.checkpoint_record import Score, best_of, checksums, read_scores, restore_items
+from sqlrl_jax.checkpoint_record import Score, best_of, checksums, quiet_writers, read_scores, restore_items
 from sqlrl_jax.config_lora import LoraConfig
 from sqlrl_jax.exchange import Exchange, exchange, first_fault
 from sqlrl_jax.model.config import ModelConfig
@@ -69,7 +68,7 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self._exchange, self._keep_best = exchange, keep_best
         self._chief = jax.process_index() == 0
-        logging.getLogger("absl").setLevel(logging.CRITICAL + 1)  # every phase and fault of a save; faults are raised
+        quiet_writers()
         self._agree(self._make_folder)
         self._scores = read_scores(self.directory, exchange)
         with self._writing():

@@ -8,7 +8,6 @@ With adapters a checkpoint holds them alone: adapters.json names the model that 
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
-from sqlrl_jax.checkpoint_record import best_of, read_scores, restore_items
+from sqlrl_jax.checkpoint_record import best_of, quiet_writers, read_scores, restore_items
 from sqlrl_jax.config_lora import LoraConfig, describe
 from sqlrl_jax.exchange import exchange
 from sqlrl_jax.mesh import param_sharding
@@ -64,7 +63,7 @@ def load_saved(path: str | Path, mesh: Mesh | None = None) -> Saved:
     root, step = locate(path)
     config = ModelConfig.from_dir(root / MODEL)
     base, lora = _adapters(root / MODEL)
-    logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
+    quiet_writers()
     folder = root / str(step)
     try:
         found = flatten(ocp.StandardCheckpointHandler().metadata(folder / "params"))

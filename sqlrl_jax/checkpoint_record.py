@@ -7,7 +7,9 @@ matter, so a checkpoint that was restored onto other hosts is checked as strictl
 from __future__ import annotations
 
 import json
+import logging
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,20 @@ import orbax.checkpoint as ocp
 from sqlrl_jax.exchange import Exchange, first_fault
 
 Score = float | None
+
+
+def quiet_writers() -> None:
+    """Lets Orbax's threads raise what is wrong instead of printing it first: every phase and fault of a save goes to the
+    log of absl, and the writes still under way when one has failed report to an event loop that is closed by then."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
+    earlier = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            earlier(unraisable)
+
+    if getattr(earlier, "__module__", "") != __name__:
+        sys.unraisablehook = hook
 
 
 def checksums(tree: Any) -> dict[str, int]:

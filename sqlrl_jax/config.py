@@ -87,8 +87,11 @@ class PolicyConfig(Section):
     """Type of activations and matrix products; statistics stay float32."""
     scan_layers: bool = True
     """Compile one layer and loop over it; false unrolls all layers (faster for tiny models)."""
-    remat: Literal["none", "full"] = "full"
-    """full recomputes each layer's activations in the backward pass."""
+    remat: Literal["none", "attention", "full"] = "full"
+    """full recomputes each layer in the backward pass; attention keeps its queries, keys, values and what attention made of
+    them (four times the memory) and recomputes the MLP; none keeps all."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's moments in the host's memory while gradients are computed."""
 
 
 class RefModelConfig(Section):
@@ -127,6 +130,10 @@ class TrainerConfig(Section):
     """Save a checkpoint every so many steps, and at the end; 0 only at the end."""
     max_ckpts_to_keep: int = Field(3, ge=1)
     """Older checkpoints are deleted."""
+    keep_best_ckpt: bool = True
+    """Keep also the checkpoint of the highest evaluation accuracy, of the steps that are evaluated and saved."""
+    hf_save_interval: int = Field(0, ge=0)
+    """Export the model every so many steps to exports/step_N in run_dir, which are all kept; 0 only at the end, to export."""
     resume_mode: Literal["none", "latest"] = "none"
     """latest continues the run in run_dir; none refuses a run_dir that already holds one."""
     compile_cache: str = "~/.cache/sqlrl_jax/xla"
@@ -176,12 +183,20 @@ class InferenceEngineConfig(Section):
     decode_chunk: int = Field(16, ge=1, le=1024)
     """Tokens decoded in one compiled call, between looks at stop strings."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the engine's weights and cache."""
+    """Type of the engine's weights and cache, and of the weights that are pushed to it."""
+    tensor_parallel_size: int = Field(1, ge=1, le=64)
+    """sglang: GPUs that one engine is spread over."""
+    gpu_memory_utilization: float | None = Field(None, gt=0, lt=1)
+    """sglang: share of a GPU's memory for weights and KV cache; not given: SGLang's choice."""
+    quantization: Literal["", "fp8"] = ""
+    """sglang: fp8 keeps the weights in 8 bits; they are pushed in dtype and quantised as they are loaded."""
+    engine_init_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
+    """sglang: more arguments of its Engine, by its own names (attention_backend, kv_cache_dtype, base_gpu_id, …)."""
 
 
 class GeneratorConfig(Section):
-    backend: Literal["embedded"] = "embedded"
-    """embedded: JAX decoding inside the rollout service, on CPU or any device JAX sees."""
+    backend: Literal["embedded", "sglang"] = "embedded"
+    """embedded: JAX decoding inside the rollout service, on CPU or any device JAX sees. sglang: SGLang, on GPUs."""
     services: tuple[str, ...] = ()
     """host:port of rollout services that are already running; empty starts one on this machine."""
     n_samples_per_prompt: int = Field(5, ge=1)

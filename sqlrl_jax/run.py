@@ -2,6 +2,7 @@
 
     config.yaml   metrics.jsonl   trajectories/{train,eval}_<step>.jsonl   checkpoints/   export/   report.html   log.txt
     adapter/      where adapters were trained
+    exports/step_<step>/   with trainer.hf_save_interval
 
 A resumed run first forgets everything written after the checkpoint it goes on from, so that nothing is counted twice.
 One process writes to a folder at a time: a lock held while it lives refuses a second one. Of a run with several processes
@@ -64,6 +65,7 @@ class Run:
         self.checkpoints = self.dir / "checkpoints"
         self.trajectories = self.dir / "trajectories"
         self.export = self.dir / "export"
+        self.exports = self.dir / "exports"
         self.adapter = self.dir / "adapter"
         self.log_file = self.dir / "log.txt"
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -84,7 +85,9 @@ class Trainer:
         minibatches = trainer.train_batch_size // trainer.policy_mini_batch_size * trainer.update_epochs_per_batch
         self.learner: Learner = build_learner(config, self.total * minibatches)
         self.decode: Decode = load_tokenizer(trainer.policy.model.path).decode
-        self.checkpoints = Checkpoints(run.checkpoints, config.trainer.max_ckpts_to_keep)
+        self.checkpoints = Checkpoints(
+            run.checkpoints, trainer.max_ckpts_to_keep, trainer.keep_best_ckpt, self._exchange
+        )
         stack.callback(self.checkpoints.close)
         self.step = self._restore()
         run.forget_after(self.step if self.step else -1)
@@ -106,15 +109,17 @@ class Trainer:
 
     def loop(self) -> None:
         """Trains to the last step. Raises Stopped between two phases after Ctrl-C or SIGTERM."""
-        started, first = time.monotonic(), self.step
+        trainer, started, first = self.config.trainer, time.monotonic(), self.step
         while True:
             self.stop.check()
-            if self._due(self.config.trainer.eval_interval):
+            if self._due(trainer.eval_interval):
                 self._evaluate_all()
-            if self.step > first and self._due(self.config.trainer.ckpt_interval):
+            if self.step > first and self._due(trainer.ckpt_interval):
                 self.save()
             if self.step == self.total:
                 return
+            if self.step > first and trainer.hf_save_interval and self.step % trainer.hf_save_interval == 0:
+                self.export(self.run.exports / f"step_{self.step}")
             metrics = self.train_step()
             pace = (time.monotonic() - started) / (self.step - first)
             self.display.print(step_line(self.step, self.total, metrics, pace * (self.total - self.step)))
@@ -172,15 +177,36 @@ class Trainer:
 
     def save(self) -> None:
         """Saves everything a resumed run needs, as of the present step."""
-        self.checkpoints.save(self.step, self.learner)
+        turns = self.config.generator.max_turns
+        scores = self.world.from_main(
+            "accuracy of this step",
+            lambda: [
+                m["eval/all/avg_score"]
+                for m in self.run.history("eval")
+                if (m["step"], m["max_turns"]) == (self.step, turns)
+            ],
+        )
+        self.checkpoints.save(self.step, self.learner, scores[-1] if scores else None)
+
+    def export(self, folder: Path) -> None:
+        """Writes the present weights as a Hugging Face folder."""
+        learner = self.learner
+        save_hf(
+            folder,
+            learner.params,
+            learner.model_config,
+            tokenizer_source=learner.tokenizer_dir,
+            exchange=self._exchange,
+        )
+
+    def _exchange(self, text: str) -> list[str]:
+        return [data.decode() for data in self.world.exchange("checkpoint", text.encode())]
 
     def finish(self) -> None:
         """After the last step: one-turn accuracy, checkpoint, export, the before/after table, the report."""
         self.save()
         self.checkpoints.wait()
-        save_hf(
-            self.run.export, self.learner.params, self.learner.model_config, tokenizer_source=self.learner.tokenizer_dir
-        )
+        self.export(self.run.export)
         learner = self.learner
         if learner.lora.rank:
             save_peft(
@@ -201,7 +227,9 @@ class Trainer:
         self.display.print(comparison(f"greedy, up to {turns} turns", columns))
         page = write_report(self.run.dir)
         adapter = f"adapter {self.run.adapter}\n" if learner.lora.rank else ""
-        self.display.print(f"model   {self.run.export}\n{adapter}report  {page}\nmetrics {self.run.metrics_file}")
+        best = self.checkpoints.best()
+        told = f"best    {self.run.checkpoints}/best: step {best[0]}, accuracy {best[1]:.3f}\n" if best else ""
+        self.display.print(f"model   {self.run.export}\n{told}{adapter}report  {page}\nmetrics {self.run.metrics_file}")
 
     def _rollout(self, tasks: Sequence[Task], samples: int, label: str) -> list[Trajectory]:
         generator = self.config.generator

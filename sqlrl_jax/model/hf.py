@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from safetensors import SafetensorError, safe_open
 
 from rollout.types import TensorSpec
-from sqlrl_jax.exchange import exchange
+from sqlrl_jax.exchange import Exchange, exchange
 from sqlrl_jax.mesh import param_sharding
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.hf_files import DTYPES, SHARD_BYTES, CheckpointError, Crew, read_index, write_checkpoint
@@ -274,6 +274,7 @@ def save_hf(
     dtype: str | None = None,
     tokenizer_source: str | Path | None = None,
     shard_bytes: int = SHARD_BYTES,
+    exchange: Exchange = exchange,
 ) -> None:
     """Write a Hugging Face checkpoint folder that transformers loads: weights in `dtype` (default: the model's own),
     config.json, and the tokenizer and chat template of `tokenizer_source`. The folder appears whole or not at all; a

@@ -127,17 +127,23 @@ class Cost:
     def _head(self) -> int:
         return self.model.hidden_size * self.model.vocab_size
 
+    def _last_product(self) -> int:
+        """Numbers in the matrices that end a layer: their result is the next layer's input, which is kept."""
+        ends = ("layers.down_b",) if "layers.down_b" in self.trained else ()
+        return sum(math.prod((self.all | self.trained)[p].shape) for p in ("layers.down", *ends))
+
     def _pairs(self, length: float) -> float:
         """Pairs of query and key in a micro-batch whose rows are cut into causal parts of `length` tokens."""
         return self.tokens * (length + 1) / 2
 
     def flops(self) -> Flops:
         layers = sum(math.prod(s.shape) for p, s in self.all.items() if p.startswith("layers.") and s.is_matrix)
-        adapters = sum(math.prod(s.shape) for s in self.trained.values()) if self.frozen else 0
+        adapters = self.trained_parameters if self.frozen else 0
         head, chosen = self._head(), self.tokens * self.episodes.trained_share
         weight_gradient = 0 if self.frozen else 2
         forward = 2 * (layers + adapters) * self.tokens
         backward = forward + (weight_gradient * layers + 2 * adapters) * self.tokens
+        again = forward - 2 * self._last_product() * self.tokens if self.remat else 0
         at_head = (4 + weight_gradient) * head * chosen
         pair = 2 * self.model.num_attention_heads * self.model.head_dim * self.model.num_hidden_layers
         own = self._pairs(min(self.episodes.tokens, self.policy.row_tokens))
@@ -145,7 +151,7 @@ class Cost:
         return Flops(
             six_n=6.0 * (layers + adapters + head) * self.tokens,
             needed=forward + backward + at_head + _ATTENTION_NEEDED * pair * own,
-            matrices=forward * (1 + self.remat) + backward + at_head + 2.0 * head * chosen,
+            matrices=forward + again + backward + at_head + 2.0 * head * chosen,
             attention=float(passes * pair * self._pairs(self.policy.row_tokens)),
         )
 

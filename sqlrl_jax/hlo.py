@@ -93,7 +93,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
         if header:
             current = computations.setdefault(header[2], {})
             entry = header[2] if header[1] else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":
             current = None
         elif current is not None and " = " in line:
             instruction = _instruction(line)

@@ -60,6 +60,8 @@ def main(config: Config) -> int:
     display, sft = Display(), config.sft
     if Path(sft.output).exists():
         raise UserError(f"sft.output {sft.output} exists already: remove it or name another folder")
+    if config.trainer.policy.model.lora.rank:
+        raise UserError("a fresh model has nothing to adapt: trainer.policy.model.lora.rank must be 0 here")
     parameters = Parameters(
         seed=config.data.demo.seed,
         train_databases=0,

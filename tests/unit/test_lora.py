@@ -15,7 +15,7 @@ from test_learner import MODEL, advantages, assert_same, episodes, fresh, learne
 
 from sqlrl_jax.checkpoint import CheckpointError, Checkpoints
 from sqlrl_jax.checkpoint_model import load_params
-from sqlrl_jax.config import LoraConfig, OptimizerConfig
+from sqlrl_jax.config import LoraConfig, ModelPathConfig, OptimizerConfig
 from sqlrl_jax.config_file import load
 from sqlrl_jax.export import export_adapter, export_checkpoint
 from sqlrl_jax.learner import Learner
@@ -34,6 +34,7 @@ from sqlrl_jax.model.peft import (
     save_peft,
     to_peft_tensors,
 )
+from sqlrl_jax.model.served import Served
 from sqlrl_jax.optimizer import make_optimizer
 
 LORA = LoraConfig(rank=4, alpha=8)
@@ -202,6 +203,32 @@ def test_peft_folders_come_back(tmp_path: Path, lora: LoraConfig) -> None:
     name = "base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"
     np.testing.assert_array_equal(tensors[name], np.array(extra["layers"]["down_a"][1]).T.astype(tensors[name].dtype))
     assert len(tensors) == 2 * MODEL.num_hidden_layers * len({p[:-2] for p in extra["layers"]})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_engine_serves_the_base_then_what_is_pushed(tmp_path: Path, dtype: str) -> None:
+    base = fresh(0)
+    save_hf(tmp_path / "model", base, MODEL)
+    small = jax.tree.map(lambda x: x * (0.2 if dtype == "float32" else 0.01), adapters())
+    model = ModelPathConfig(path=str(tmp_path / "model"), lora=LORA)
+    served = Served(model, MODEL, dtype)
+    start = hidden(served.start())
+    np.testing.assert_allclose(start, hidden(base), atol=1e-6 if dtype == "float32" else 0.1)
+    tensors = jax.device_get(to_peft_tensors(small, MODEL, LORA, dtype))
+    assert {(s.name, s.shape, s.dtype) for s in served.manifest()} == {
+        (name, value.shape, str(value.dtype)) for name, value in tensors.items()
+    }
+    got, want = hidden(served.params(tensors)), hidden(join(base, small, LORA))
+    moved = np.array(want - hidden(base))
+    # bfloat16 rounds both sides alike, so what the adapters do is seen far below what it rounds the weights by.
+    tolerance = 1e-5 if dtype == "float32" else 0.3 * np.abs(moved).max()
+    np.testing.assert_allclose(np.array(got - start), moved, atol=tolerance)
+    with pytest.raises(CheckpointError, match="is missing"):
+        served.params({})
+    save_peft(tmp_path / "a", small, MODEL, LORA, "base")
+    lora = LORA.model_copy(update={"path": str(tmp_path / "a")})
+    restarted = Served(model.model_copy(update={"lora": lora}), MODEL, dtype)
+    np.testing.assert_array_equal(hidden(restarted.start()), got)
 
 
 REFUSED = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
@@ -17,6 +18,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from sqlrl_jax.config import ConfigError, MeshConfig
 
 AXES = ("data", "fsdp", "sequence", "tensor")
+
+_HOST = "pinned_host"
 
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
@@ -101,6 +104,25 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds all of it."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def in_host_memory(shardings: Any) -> Any:
+    """The same shardings, but in the host's memory, from where devices fetch over their bus; scalars and what else every
+    device holds stay. Raises ConfigError where the devices have no such memory."""
+
+    def of(sharding: NamedSharding) -> NamedSharding:
+        if sharding.mesh.size > 1 and sharding.is_fully_replicated:
+            return sharding
+        device = sharding.mesh.devices.flat[0]
+        kinds = {memory.kind for memory in device.addressable_memories()}
+        if _HOST not in kinds:
+            raise ConfigError(
+                f"trainer.policy.offload_optimizer: {device.device_kind} devices have no {_HOST} memory, only"
+                f" {', '.join(sorted(kinds))}: set it to false"
+            )
+        return sharding.with_memory_kind(_HOST)
+
+    return jax.tree.map(of, shardings)
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, axes: Sequence[str | None]) -> jax.Array:

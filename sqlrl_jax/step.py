@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from sqlrl_jax.config import PolicyConfig
 from sqlrl_jax.data.packing import Arrays, PackedBatch, batch_shapes
-from sqlrl_jax.mesh import RULES, batch_sharding, replicated
+from sqlrl_jax.mesh import RULES, batch_sharding, in_host_memory, replicated
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.decoder import Compute, forward, unembedding
 from sqlrl_jax.model.lora import frozen_specs, join, trained_specs
@@ -96,7 +96,7 @@ class Program:
         self.score_whole = jax.jit(self._scored_whole, out_shardings=everywhere)
 
     def _state_shardings(self) -> State:
-        """Optimizer moments lie as their parameters do; counters are everywhere."""
+        """Optimizer moments lie as their parameters do, perhaps in the host's memory; counters are everywhere."""
         by_parameter, everywhere = spec_shardings(self.trained, self.mesh), replicated(self.mesh)
         by_path = {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(by_parameter)}
 
@@ -105,7 +105,9 @@ class Program:
             return next((by_path[names[i:]] for i in range(len(names)) if names[i:] in by_path), everywhere)
 
         abstract = jax.eval_shape(self._optimizer.init, self.abstract_params())
-        return State(by_parameter, jax.tree_util.tree_map_with_path(of, abstract), everywhere, everywhere)
+        self._moments = jax.tree_util.tree_map_with_path(of, abstract)
+        resting = in_host_memory(self._moments) if self.policy.offload_optimizer else self._moments
+        return State(by_parameter, resting, everywhere, everywhere)
 
     # What the functions are lowered with where there are no arrays.
 
@@ -189,6 +191,8 @@ class Program:
         finite = jnp.isfinite(norm)
         scale = jnp.where(finite, jnp.minimum(1.0, self.policy.optimizer_config.max_grad_norm / (norm + 1e-6)), 0.0)
         gradients = jax.tree.map(lambda g: jnp.where(finite, g * scale, 0.0), gradients)
+        if self.policy.offload_optimizer:
+            state = state._replace(opt_state=jax.device_put(state.opt_state, self._moments))
         updates, opt_state = self._optimizer.update(gradients, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), state.params, updates)
         applied = finite.astype(jnp.int32)

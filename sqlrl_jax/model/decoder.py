@@ -17,12 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from sqlrl_jax.mesh import constrain
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.fsdp import gather_layer, lookup
+from sqlrl_jax.model.kernels import KEPT
 from sqlrl_jax.model.params import Params, init_param, nest, param_specs
 from sqlrl_jax.model.sharded_attention import sharded_attention
 
@@ -39,7 +41,7 @@ class Compute:
 
     dtype: str = "float32"
     scan_layers: bool = True
-    remat: Literal["none", "full"] = "none"
+    remat: Literal["none", "attention", "full"] = "none"
     mesh: Mesh | None = None
 
     @property
@@ -123,7 +125,7 @@ def finish_block(
     config: ModelConfig, layer: Params, x: Float[Array, "B S D"], attended: Float[Array, "B S H h"]
 ) -> Float[Array, "B S D"]:
     """The rest of a layer after attention: output projection, then the SwiGLU MLP, each added to the residual."""
-    x = x + linear(layer, "o", attended.reshape(*x.shape[:-1], -1))
+    x = checkpoint_name(x + linear(layer, "o", attended.reshape(*x.shape[:-1], -1)), KEPT)
     normed = rms_norm(x, layer["mlp_norm"], config.rms_norm_eps)
     if "gate_up" in layer:
         gate, up = jnp.split(linear(layer, "gate_up", normed), 2, axis=-1)
@@ -167,11 +169,14 @@ def run_layers(
         layer, slot = inputs
         layer = gather_layer(specs, layer, compute.mesh, compute.dtype)
         layer = fuse_layer(layer) if compute.fuse else layer
-        attended, slot = attend(*project_qkv(config, layer, x, rope), slot)
+        attended, slot = attend(*(checkpoint_name(part, KEPT) for part in project_qkv(config, layer, x, rope)), slot)
         out = finish_block(config, layer, x, attended)
         return constrain(out, compute.mesh, ("batch", "sequence", None)), slot
 
-    body = jax.checkpoint(block, prevent_cse=not compute.scan_layers) if compute.remat == "full" else block
+    body = block
+    if compute.remat != "none":
+        policy = jax.checkpoint_policies.save_only_these_names(KEPT) if compute.remat == "attention" else None
+        body = jax.checkpoint(block, prevent_cse=not compute.scan_layers, policy=policy)
     return jax.lax.scan(body, x, (layers, carried), unroll=1 if compute.scan_layers else config.num_hidden_layers)
 
 

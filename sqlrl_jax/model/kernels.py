@@ -9,9 +9,11 @@ each block of keys: too much for long rows.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Float, Int
@@ -20,6 +22,9 @@ from sqlrl_jax.model.attention import segment_attention, segment_mask
 
 # (q, k, v, segment_ids) of whole rows → attended; H is a multiple of KV.
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+# What remat "attention" keeps of a layer goes by this name.
+KEPT = "attention"
 
 _LANES = 128
 _QUERY_BLOCK, _KEY_BLOCK = 512, 1024
@@ -31,8 +36,12 @@ def kernel_for(platform: str, dtype: jnp.dtype, head_dim: int) -> Kernel:
     if platform == "tpu" and head_dim % 64 == 0:
         return splash_attention
     if platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128:
-        return cudnn_attention
-    return segment_attention
+        return partial(_kept, cudnn_attention)
+    return partial(_kept, segment_attention)
+
+
+def _kept(kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    return checkpoint_name(kernel(q, k, v, segment_ids), KEPT)
 
 
 def _block(length: int, most: int) -> int:
@@ -71,6 +80,7 @@ def splash_attention(
         ),
         head_shards=1,
         q_seq_shards=1,
+        residual_checkpoint_name=KEPT,
         interpret=interpret,
     )
     q, k, v = (x.swapaxes(1, 2) for x in (q * jnp.asarray(dim**-0.5, q.dtype), k, v))

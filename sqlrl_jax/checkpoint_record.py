@@ -42,9 +42,15 @@ def checksums(tree: Any) -> dict[str, int]:
 
     Any single changed word changes it. Integer sums have no order, so sharding does not matter.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = jax.device_get(_sums([leaf for _, leaf in leaves]))
-    return {jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, sums, strict=True)}
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    memory = jax.local_devices()[0].default_memory().kind
+    near = [name for name, leaf in leaves.items() if leaf.sharding.memory_kind in (memory, None)]
+    sums = dict(zip(near, jax.device_get(_sums([leaves[name] for name in near])), strict=True))
+    for name, leaf in leaves.items():
+        if name not in sums:  # in the host's memory, perhaps because the devices' cannot hold all of it
+            there = leaf.sharding.with_memory_kind(memory)
+            sums[name] = jax.device_get(_sums([jax.device_put(leaf, there)]))[0]
+    return {name: int(sums[name]) for name in leaves}
 
 
 @jax.jit

@@ -61,6 +61,7 @@ class _Line:
         self.connection, self.peer = connection, peer
         self.heard = time.monotonic()
         self.over = False  # it has said good-bye
+        self._broken = False
         self._queue: queue.SimpleQueue[tuple[bytes, bytes, threading.Event | None]] = queue.SimpleQueue()
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -71,6 +72,8 @@ class _Line:
 
     def send(self, kind: bytes, data: bytes = b"", wait: float = 0.0) -> None:
         """Queues a message; with `wait`, returns when it is on its way, or after so many seconds."""
+        if self._broken:
+            return
         sent = threading.Event() if wait else None
         self._queue.put((kind, data, sent))
         if sent is not None:
@@ -84,10 +87,12 @@ class _Line:
                 kind, data, sent = BEAT, b"", None
             try:
                 send_message(self.connection, kind, data)
-            except OSError:
-                return  # the reading thread finds out why
+            except OSError:  # the reading thread finds out why
+                self._broken = True
             if sent is not None:
                 sent.set()
+            if self._broken:
+                return
 
     def _read(self, take: Callable[[_Line, bytes, bytes], None], lost: Callable[[_Line, str], None]) -> None:
         try:

@@ -10,6 +10,7 @@ from rich.table import Table
 from sqlrl_jax.check import Findings, Proof, Sending, proof_as_dict
 from sqlrl_jax.display import Display
 from sqlrl_jax.suggest import Change
+from sqlrl_jax.topology import Slice
 
 _GIB = 2.0**30
 
@@ -37,15 +38,24 @@ def show(findings: Findings) -> None:
 def verdict(findings: Findings) -> str:
     """The last line: does it fit, and by what margin."""
     if findings.where is None:
-        good = [s.name for s, needs in findings.table if needs <= s.generation.hbm]
+        good = smallest(findings.table)
         if not good:
-            return "by estimate it fits none of the slices above"
-        return f"by estimate it fits {', '.join(good)}; --topology NAME asks the compiler"
+            return "by estimate it fits no known slice with this mesh"
+        return f"by estimate it fits {', '.join(good)} and larger; --topology NAME asks the compiler"
     hbm = findings.where.generation.hbm
     text = f"{_gib(findings.needs)} of {_gib(hbm)} GiB a device on {findings.where.name}"
     if findings.fits:
         return f"fits: {text}"
     return f"does not fit: {text}" + ("; by estimate these would:" if findings.suggestions else "")
+
+
+def smallest(table: list[tuple[Slice, float]]) -> list[str]:
+    """Of each generation the smallest slice that fits, by name."""
+    found: dict[str, str] = {}
+    for where, needs in table:
+        if needs <= where.generation.hbm:
+            found.setdefault(where.name.partition(":")[0], where.name)
+    return list(found.values())
 
 
 def line_of(change: Change) -> str:
@@ -136,10 +146,14 @@ def _ratio(measured: float, ideal: float) -> str:
 
 
 def _slices(findings: Findings) -> Table:
-    rows = [
-        (s.name, str(s.devices), _gib(needs), _gib(s.generation.hbm), "yes" if needs <= s.generation.hbm else "no")
-        for s, needs in findings.table
-    ]
+    """Of each generation the slices up to the first that fits."""
+    rows, done = [], set()
+    for where, needs in findings.table:
+        fits, kind = needs <= where.generation.hbm, where.name.partition(":")[0]
+        if kind not in done:
+            hbm = _gib(where.generation.hbm)
+            rows.append((where.name, str(where.devices), _gib(needs), hbm, "yes" if fits else "no"))
+        done |= {kind} if fits else set()
     return _grid("known slices, estimated", rows, "slice", "devices", "GiB a device", "of", "fits")
 
 

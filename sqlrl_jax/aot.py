@@ -28,6 +28,7 @@ from sqlrl_jax.step import Program
 
 _GIB = 2.0**30
 _UNITS = {"K": 2.0**10, "M": 2.0**20, "G": _GIB, "T": 2.0**40}
+HOST_MEMORY = "pinned_host"
 ATTENTION_KERNEL = "tpu_custom_call"  # what Pallas kernels are called in a TPU's program
 
 
@@ -87,10 +88,9 @@ def abstract_batch(config: Config, program: Program) -> dict[str, jax.ShapeDtype
 
 
 def _held(tree: Any) -> float:
-    """Bytes of abstract arrays on one device."""
-    return float(
-        sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree_util.tree_leaves(tree))
-    )
+    """Bytes of abstract arrays in one device's memory."""
+    leaves = [a for a in jax.tree_util.tree_leaves(tree) if a.sharding.memory_kind != HOST_MEMORY]
+    return float(sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves))
 
 
 def _compile(name: str, function: Any, arguments: tuple[Any, ...], resident: float) -> Compiled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -60,7 +61,7 @@ def smallest(table: list[tuple[Slice, float]]) -> list[str]:
 
 def line_of(change: Change) -> str:
     """A suggestion as words and as what to type."""
-    settings = " ".join(f"{key}={value}" for key, value in change.settings)
+    settings = " ".join(f"{key}={str(value).lower()}" for key, value in change.settings)
     return f"{change.kind} ({_gib(change.needs)} GiB): --topology {change.where.name} {settings}".rstrip()
 
 
@@ -75,7 +76,7 @@ def _si(count: float) -> str:
     return f"{count:.0f}"
 
 
-def _grid(title: str, rows: list[tuple[str, ...]], *columns: str) -> Table:
+def _grid(title: str, rows: Sequence[tuple[str, ...]], *columns: str) -> Table:
     table = Table(title=title, title_justify="left", header_style="bold", show_header=bool(columns))
     for i, name in enumerate(columns or ("",) * len(rows[0])):
         table.add_column(name, justify="left" if i == 0 or not columns else "right")

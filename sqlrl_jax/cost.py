@@ -101,6 +101,7 @@ class Cost:
         self.devices = math.prod(sizes.values())
         self.tokens = self.policy.rows_per_micro_batch * self.policy.row_tokens
         self.local_tokens = self.tokens / self.shards / sizes["sequence"]
+        self.attends_again = self.policy.remat == "full"
         self.remat = self.policy.remat != "none"
 
     # Parameters.
@@ -127,10 +128,15 @@ class Cost:
     def _head(self) -> int:
         return self.model.hidden_size * self.model.vocab_size
 
-    def _last_product(self) -> int:
-        """Numbers in the matrices that end a layer: their result is the next layer's input, which is kept."""
-        ends = ("layers.down_b",) if "layers.down_b" in self.trained else ()
-        return sum(math.prod((self.all | self.trained)[p].shape) for p in ("layers.down", *ends))
+    def _computed_again(self) -> int:
+        """Numbers in the matrices that the backward pass multiplies with a second time. Not those that end a layer: their
+        result is the next layer's input, which is kept; where attention's values are kept, only the MLP's first two."""
+        kept = {"none": "", "attention": "q k v o down q_b k_b v_b o_b down_b", "full": "down down_b"}[
+            self.policy.remat
+        ]
+        matrices = {p: s for p, s in (self.all | self.trained).items() if p.startswith("layers.") and s.is_matrix}
+        kept_paths = {f"layers.{name}" for name in kept.split()}
+        return sum(math.prod(s.shape) for p, s in matrices.items() if p not in kept_paths) if self.remat else 0
 
     def _pairs(self, length: float) -> float:
         """Pairs of query and key in a micro-batch whose rows are cut into causal parts of `length` tokens."""
@@ -143,11 +149,11 @@ class Cost:
         weight_gradient = 0 if self.frozen else 2
         forward = 2 * (layers + adapters) * self.tokens
         backward = forward + (weight_gradient * layers + 2 * adapters) * self.tokens
-        again = forward - 2 * self._last_product() * self.tokens if self.remat else 0
+        again = 2 * self._computed_again() * self.tokens
         at_head = (4 + weight_gradient) * head * chosen
         pair = 2 * self.model.num_attention_heads * self.model.head_dim * self.model.num_hidden_layers
         own = self._pairs(min(self.episodes.tokens, self.policy.row_tokens))
-        passes = _ATTENTION_FORWARD * (1 + self.remat) + _ATTENTION_BACKWARD
+        passes = _ATTENTION_FORWARD * (1 + self.attends_again) + _ATTENTION_BACKWARD
         return Flops(
             six_n=6.0 * (layers + adapters + head) * self.tokens,
             needed=forward + backward + at_head + _ATTENTION_NEEDED * pair * own,
@@ -164,12 +170,15 @@ class Cost:
         copies = self.config.trainer.algorithm.needs_reference and not self.frozen
         return Memory(
             weights=trained * master + frozen,
-            optimizer=sum(self._local(s) * self._moments(p, s) for p, s in self.trained.items()) * master,
+            optimizer=0.0 if self.policy.offload_optimizer else self._optimizer() * master,
             gradients=trained * 4,
             reference=sum(map(self._local, self.all.values())) * self.width if copies else 0.0,
             saved=self._saved(),
             working=max(self._layer_work(), self._head_work()) + trained * self._more_gradients(),
         )
+
+    def _optimizer(self) -> float:
+        return sum(self._local(spec) * self._moments(path, spec) for path, spec in self.trained.items())
 
     def _moments(self, path: str, spec: ParamSpec) -> int:
         muon = self.policy.optimizer_config.name == "muon" and spec.is_matrix and path.startswith("layers.")
@@ -186,8 +195,9 @@ class Cost:
         return heads / tensor, c.intermediate_size / tensor
 
     def _saved(self) -> float:
-        attention, mlp = self._wide()
-        a_layer = self.model.hidden_size + (0 if self.remat else 3 * self.model.hidden_size + attention + 3 * mlp)
+        (attention, mlp), width = self._wide(), self.model.hidden_size
+        more = {"full": 0.0, "attention": width + attention, "none": 3 * width + attention + 3 * mlp}
+        a_layer = width + more[self.policy.remat]
         return self.model.num_hidden_layers * self.local_tokens * a_layer * self.width
 
     def _layer_work(self) -> float:

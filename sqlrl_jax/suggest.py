@@ -89,15 +89,18 @@ def _frugal(config: Config, where: Slice) -> list[Settings]:
         sizes = mesh_sizes(config.trainer.mesh, where.devices)
     except ConfigError:
         return []
-    shards, steps = sizes["data"] * sizes["fsdp"], []
+    shards = sizes["data"] * sizes["fsdp"]
+    steps: list[tuple[str, Any]] = []
     if policy.rows_per_micro_batch > shards:
         steps.append((_POLICY + "rows_per_micro_batch", shards))
-    if policy.remat == "none":
+    if policy.remat != "full":
         steps.append((_POLICY + "remat", "full"))
     if policy.logprob_chunk > 256:
         steps.append((_POLICY + "logprob_chunk", 256))
     if policy.compute_dtype == "float32":
         steps.append((_POLICY + "compute_dtype", "bfloat16"))
+    if not policy.offload_optimizer:
+        steps.append((_POLICY + "offload_optimizer", True))
     return [(step,) for step in steps] + [tuple(steps[:n]) for n in range(2, len(steps) + 1)]
 
 

@@ -284,7 +284,8 @@ def _detected(index: int | None, count: int | None, timeout: float) -> tuple[str
             "--coordinator auto found neither a TPU pod, nor SLURM (start with srun), nor Kubernetes (pip install "
             "kubernetes): name the place with --coordinator HOST:PORT --process-id I --process-count N"
         )
-    return address, index, count, None if local is None else list(local)
+    alone = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0] == "1"  # on its node: it has all devices
+    return address, index, count, None if local is None or alone else list(local)
 
 
 def _number(name: str) -> int | None:

@@ -129,7 +129,7 @@ class FollowedRun(Run):
             if time.monotonic() > deadline:
                 raise RunError(
                     f"process {process} does not see in {self.dir.absolute()} what process 0 has written there: put "
-                    f"trainer.run_dir on a file system that all hosts mount at the same path (NFS, Lustre, a bucket)"
+                    f"trainer.run_dir on a file system that all hosts mount at the same path (NFS, Lustre)"
                 )
             time.sleep(0.2)
         try:

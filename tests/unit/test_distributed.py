@@ -62,6 +62,10 @@ def test_slurm_is_detected_when_asked(monkeypatch):
     place = place_of("auto", None, None, 1)
     assert place is not None
     assert (place.host, place.index, place.count, place.local_devices) == ("node07", 3, 4, [0])
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "1(x4)")
+    alone = place_of("auto", None, None, 1)
+    assert alone is not None
+    assert alone.local_devices is None, "the only process of its node has all its devices"
 
 
 def test_auto_without_a_cluster_says_what_to_do(monkeypatch):

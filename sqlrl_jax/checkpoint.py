@@ -103,6 +103,7 @@ class Checkpoints:
         Unreadable ones are told through `warn` and moved aside. Raises CheckpointError when there are some and none can
         be read: then the model or the optimizer is likely another one than the run's.
         """
+        self.wait()
         require_same_adapters(self.directory / MODEL, trained.lora)
         faults: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):

@@ -1,6 +1,11 @@
 """Checkpoint folders: what is written is read back, and everything that does not fit is named."""
 
+import dataclasses
 import json
+import resource
+import threading
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -10,12 +15,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from rollout.types import TensorSpec
 from sqlrl_jax.config import MeshConfig
 from sqlrl_jax.export import import_model
 from sqlrl_jax.mesh import make_mesh
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.hf import CheckpointError, from_hf_tensors, hf_manifest, load_hf, save_hf, to_hf_tensors
-from sqlrl_jax.model.hf_files import plan_shards, write_checkpoint
+from sqlrl_jax.model.hf_files import Crew, plan_shards, write_checkpoint
 from sqlrl_jax.model.params import flatten, nest, param_specs, parameter_count
 
 TIED = ModelConfig("qwen2", 61, 32, 48, 2, 4, 2, 8, attention_bias=True, tie_word_embeddings=True)
@@ -99,6 +105,80 @@ def test_shards_with_an_index(tmp_path: Path) -> None:
     (tmp_path / "out" / files[1]).unlink()
     with pytest.raises(CheckpointError, match=files[1]):
         load_hf(tmp_path / "out")
+
+
+def test_neither_reading_nor_writing_holds_the_model(tmp_path: Path) -> None:
+    """55 MB of weights, the widest stack of layers 17 MB, the largest tensor 1 MB: pieces of 2 MB go through the host."""
+    config = ModelConfig("llama", 512, 256, 1024, 16, 4, 4, 64)
+    params = params_of(config, 0)
+    total = 4 * parameter_count(config)
+    tracemalloc.start()
+    save_hf(tmp_path / "out", params, config, shard_bytes=20_000_000)
+    _, saving = tracemalloc.get_traced_memory()
+    tracemalloc.reset_peak()
+    back = load_hf(tmp_path / "out", config, piece_bytes=2_000_000)
+    _, loading = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert_same(back, params)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    assert saving < total / 10
+    assert loading < total / 10
+
+
+def test_an_export_has_the_dtype_of_the_model_it_came_from(tmp_path: Path) -> None:
+    config = dataclasses.replace(TIED, dtype="bfloat16")
+    save_hf(tmp_path / "out", params_of(TIED, 0), config)
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="np") as file:
+        names = list(file.keys())
+        assert {file.get_slice(name).get_dtype() for name in names} == {"BF16"}
+    assert ModelConfig.from_dir(tmp_path / "out").dtype == "bfloat16"
+
+
+def test_a_disk_that_fills_leaves_the_export_before(saved: Path) -> None:
+    before = (saved / "model.safetensors").read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"model could not be written: .*File too large"):
+            save_hf(saved, params_of(TIED, 1), TIED)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert (saved / "model.safetensors").read_bytes() == before
+    assert [p.name for p in saved.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_a_crew_writes_the_same_bytes_as_one(count: int, tmp_path: Path) -> None:
+    """Threads in place of processes: each goes through all tensors in one order and writes the files that are its own."""
+    tensors = {n: np.asarray(t) for n, t in to_hf_tensors(params_of(FREE, 0), FREE, "float32").items()}
+    manifest = hf_manifest(FREE, "float32")
+    write_checkpoint(tmp_path / "one", manifest, lambda s: tensors[s.name], FREE.to_hf(), None, shard_bytes=9_000)
+    orders: list[list[str]] = [[] for _ in range(count)]
+    texts, barrier = [""] * count, threading.Barrier(count, timeout=60)
+
+    def member(index: int) -> None:
+        def exchange(text: str) -> list[str]:
+            texts[index] = text
+            barrier.wait()
+            told = list(texts)
+            barrier.wait()
+            return told
+
+        def produce(spec: TensorSpec) -> np.ndarray:
+            orders[index].append(spec.name)
+            return tensors[spec.name]
+
+        crew = Crew(index, count, exchange)
+        write_checkpoint(tmp_path / "crew", manifest, produce, FREE.to_hf(), None, shard_bytes=9_000, crew=crew)
+
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(member, range(count)))
+    assert all(order == orders[0] for order in orders)
+    assert sorted(orders[0]) == sorted(tensors)
+    names = sorted(p.name for p in (tmp_path / "one").iterdir())
+    assert sorted(p.name for p in (tmp_path / "crew").iterdir()) == names
+    assert all((tmp_path / "one" / n).read_bytes() == (tmp_path / "crew" / n).read_bytes() for n in names)
+    assert len(names) > 6
 
 
 @pytest.mark.parametrize(

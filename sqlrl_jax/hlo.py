@@ -77,6 +77,8 @@ class Summary:
     """Calls of custom kernels, by target."""
     open_loops: list[str] = field(default_factory=list)
     """Loops whose length the text does not give."""
+    chains: set[tuple[str, str]] = field(default_factory=set)
+    """Collectives met so far that TPU programs spread over several computations."""
 
     def sent(self, devices: int | None = None) -> float:
         """Bytes that one device sends, in all or in groups of this size."""
@@ -202,9 +204,9 @@ def _walk(
     lines = computations[name]
     for line in lines.values():
         kind = line.opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
-            if _scattered(lines, line):
-                kind = "reduce-scatter"
+        if kind in COLLECTIVES and not _seen(line, out):
+            if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                kind = "reduce-scatter"  # how TPU programs write one: in a computation that slices the sum
             found = groups(line.attributes, devices)
             operand = sum(_size(lines[o].shape) for o in line.operands if o in lines)
             dtype = max(arrays(line.shape), key=lambda a: math.prod(a[1]), default=("", ()))[0]
@@ -234,12 +236,17 @@ def _walk(
                 _walk(computations, target, inner, out, devices, open_trips)
 
 
-def _scattered(lines: Computation, line: Instruction) -> bool:
-    """Whether an all-reduce's only use is a slice for this device: how TPU programs write a reduce-scatter."""
-    if line.opcode not in ("all-reduce", "all-reduce-start"):
+def _seen(line: Instruction, out: Summary) -> bool:
+    """Whether it is a later piece of a collective that was counted: one that runs beside other work is written in the
+    computation that starts it, in those it runs beside and in the one that ends it, under one chain and channel."""
+    chain = re.search(r'chain_id="([^"]*)"', line.attributes)
+    if chain is None:
         return False
-    users = [other for other in lines.values() if line.name in other.operands]
-    return bool(users) and all(u.root and u.opcode == "dynamic-slice" for u in users)
+    channel = re.search(r"channel_id=(\d+)", line.attributes)
+    key = (chain[1], channel[1] if channel else "")
+    seen = key in out.chains
+    out.chains.add(key)
+    return seen
 
 
 def _product_flops(lines: Computation, line: Instruction) -> float:

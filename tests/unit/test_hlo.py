@@ -92,7 +92,7 @@ def test_a_loop_without_a_trip_count_runs_from_its_start_to_its_bound():
     assert summary.kernels["tpu_custom_call"] == 5
 
 
-def test_a_reduction_that_is_only_sliced_is_scattered():
+def test_a_reduction_that_is_sliced_at_once_is_scattered():
     scatter = next(c for c in summarize(TPU, 4).collectives if c.kind == "reduce-scatter")
     assert scatter.sent == 5 * 64 * 32 * 2 * 3 / 4
 
@@ -105,6 +105,16 @@ def test_a_loop_of_unknown_length_counts_as_often_as_said():
         assert (reduced.size, reduced.sent) == (2, trips * 40 * 2 * 1 / 2)
     assert summary.sent(2) == reduced.sent
     assert summary.sent() > summary.sent(2)
+
+
+def test_a_collective_in_pieces_is_sent_once():
+    hop = "%hop = bf16[16,32]{1,0} collective-permute(%a), source_target_pairs={{0,1},{1,2},{2,3},{3,0}}"
+    piece = (
+        "= bf16[64,32]{1,0} all-gather(%a), channel_id=9, replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="
+    )
+    pieces = [f'{name} {piece}"{chain}"}}' for name, chain in (("%p1", 0), ("%p2", 0), ("%p3", 1))]
+    before, after = (summarize(text, 4).sent() for text in (TPU, TPU.replace(hop, "\n  ".join([hop, *pieces]))))
+    assert after - before == 2 * 16 * 32 * 2 * 3
 
 
 def test_a_permutation_sends_what_it_holds():

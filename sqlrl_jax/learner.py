@@ -43,7 +43,7 @@ from sqlrl_jax.rl.losses import PolicyLoss, Sums, add_sums, load_policy_loss
 from sqlrl_jax.rl.objective import means, policy_objective
 from sqlrl_jax.rl.rewards import truncated
 from sqlrl_jax.rl.tokens import make_tokens
-from sqlrl_jax.step import Program, State, Stepper
+from sqlrl_jax.step import Program, State, Stepper, put
 
 # What two models of one program may differ in.
 _FREE = ("dtype", "extra", "eos_token_ids", "bos_token_id", "pad_token_id", "max_position_embeddings")
@@ -114,8 +114,8 @@ class Learner:
         self._old = old_policy(config.trainer)
         program = make_program(config, mesh, model_config, optimizer_steps)
         if self.lora.path:
-            adapters = load_peft(self.lora.path, model_config, self.lora, policy.param_dtype)
-            self._stepper = Stepper(program, adapters, params)
+            read = load_peft(self.lora.path, model_config, self.lora, policy.param_dtype)
+            self._stepper = Stepper(program, jax.tree.map(put, read, program.shardings.params), params)
         elif self.lora.rank:
             adapters = init_adapters(program.trained, mesh, config.trainer.seed, policy.param_dtype)
             self._stepper = Stepper(program, adapters, params)

@@ -75,11 +75,13 @@ def merge(frozen: Params, trained: Params, lora: LoraConfig) -> Params:
     """Plain weights W + alpha / rank · A B, in the frozen weights' dtypes; the sum is float32."""
     if not lora.rank:
         return trained
-    layers = dict(frozen["layers"])
+    layers, scale = dict(frozen["layers"]), lora.alpha / lora.rank
     for name in targets(lora):
-        a, b = (trained["layers"][f"{name}_{part}"].astype(jnp.float32) for part in "ab")
-        wide = layers[name].astype(jnp.float32) + jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST) * (
-            lora.alpha / lora.rank
-        )
-        layers[name] = wide.astype(layers[name].dtype)
+        layers[name] = _merged(layers[name], *(trained["layers"][f"{name}_{part}"] for part in "ab"), scale)
     return frozen | {"layers": layers}
+
+
+@jax.jit
+def _merged(w: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    product = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    return (w.astype(jnp.float32) + product * scale).astype(w.dtype)

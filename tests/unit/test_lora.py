@@ -39,7 +39,7 @@ from sqlrl_jax.optimizer import make_optimizer
 
 LORA = LoraConfig(rank=4, alpha=8)
 SOME = LoraConfig(rank=4, alpha=8, target_modules=("o_proj", "down_proj"))
-SETTINGS = ["trainer.policy.model.lora.rank=4", "trainer.policy.model.lora.alpha=8"]
+SETTINGS = ["trainer.policy.model.lora.rank=4", "trainer.policy.model.lora.alpha=8", "trainer.policy.remat=none"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -113,10 +113,6 @@ def test_a_step_changes_adapters_and_nothing_else() -> None:
     assert 0.9 * bound < np.abs(a).max() <= bound
     assert abs(a.std() - bound / 3**0.5) < 0.1 * bound  # uniform
     batch = episodes()
-    before = subject.evaluate_logprobs(batch)
-    plain = learner().evaluate_logprobs(batch)
-    for mine, theirs in zip(before, plain, strict=True):
-        np.testing.assert_allclose(mine, theirs, atol=1e-5)
     metrics = [subject.update(batch, advantages(batch)) for _ in range(2)]
     assert metrics[1]["policy/loss"] < metrics[0]["policy/loss"]
     assert metrics[0]["policy/compiles"] == metrics[1]["policy/compiles"]
@@ -131,11 +127,11 @@ def test_adamw_decays_both_factors_and_muon_takes_each_layer_by_itself() -> None
     specs, start = trained_specs(MODEL, SOME), adapters(SOME)
     zeros = jax.tree.map(jnp.zeros_like, start)
     adamw = make_optimizer(OptimizerConfig(lr=0.1, weight_decay=0.5), specs, 1)
-    updates, _ = adamw.update(zeros, adamw.init(start), start)
+    updates, _ = jax.jit(adamw.update)(zeros, adamw.init(start), start)
     for update, value in zip(leaves(updates), leaves(start), strict=True):
         np.testing.assert_allclose(update, -0.05 * value, rtol=1e-5)
     muon = make_optimizer(OptimizerConfig(name="muon", lr=0.1, weight_decay=0.0), specs, 1)
-    updates, _ = muon.update(adapters(SOME, seed=1), muon.init(start), start)
+    updates, _ = jax.jit(muon.update)(adapters(SOME, seed=1), muon.init(start), start)
     for update in leaves(updates):
         for layer in update:
             singular = np.linalg.svd(layer, compute_uv=False)
@@ -181,8 +177,10 @@ def test_resumed_equals_uninterrupted_and_exports_itself(tmp_path: Path) -> None
     assert "adapter" in str(export_adapter(tmp_path / "run", tmp_path / "adapter"))
     again = merge(load_hf(tmp_path / "model"), load_peft(tmp_path / "adapter", MODEL, LORA), LORA)
     assert_same(again, params)
-    started = subject_in(tmp_path, f"trainer.policy.model.lora.path={tmp_path / 'adapter'}")
+    more = (f"trainer.policy.model.lora.path={tmp_path / 'adapter'}", "trainer.algorithm.use_kl_loss=true")
+    started = subject_in(tmp_path, *more)
     assert_same(started.params, params)
+    assert_same(started._reference, params)
     (tmp_path / "model").rename(tmp_path / "moved")
     with pytest.raises(CheckpointError, match="is not there: say where with --base"):
         export_checkpoint(tmp_path / "run", tmp_path / "other")

@@ -26,6 +26,7 @@ from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.fsdp import gather_layer, lookup
 from sqlrl_jax.model.kernels import KEPT
 from sqlrl_jax.model.params import Params, init_param, nest, param_specs
+from sqlrl_jax.model.product import product
 from sqlrl_jax.model.sharded_attention import sharded_attention
 
 Rope = tuple[Float[Array, "B S h2"], Float[Array, "B S h2"]]
@@ -93,10 +94,10 @@ def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float) ->
 
 def linear(layer: Params, name: str, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
     """x @ W, plus the low-rank adapter's (x @ A) @ B where the layer has one (see lora.py)."""
-    out = x @ layer[name].astype(x.dtype)
+    out = product(x, layer[name].astype(x.dtype))
     if f"{name}_a" not in layer:
         return out
-    return out + (x @ layer[f"{name}_a"].astype(x.dtype)) @ layer[f"{name}_b"].astype(x.dtype)
+    return out + product(product(x, layer[f"{name}_a"].astype(x.dtype)), layer[f"{name}_b"].astype(x.dtype))
 
 
 def project_qkv(

@@ -46,18 +46,17 @@ class Row:
         ]
 
 
-_ROWS = "trainer.policy.rows_per_micro_batch="
-_OFFLOAD = "trainer.policy.offload_optimizer=true"
-_SHORT = ("trainer.policy.row_tokens=8192", "generator.max_input_length=5192", "trainer.max_prompt_length=5000")
+_POLICY = "trainer.policy."
+_FRUGAL = (_POLICY + "rows_per_micro_batch=4", _POLICY + "offload_optimizer=true")
 TABLE = [
     Row("sql_fsdp", "v5p:2x2x1"),
-    Row("sql_fsdp", "v6e:2x4", (_ROWS + "8", _OFFLOAD)),
-    Row("sql_fsdp", "v5e:4x4", (_ROWS + "16", *_SHORT)),
+    Row("sql_fsdp", "v6e:2x4", ("trainer.mesh.sequence=2", *_FRUGAL)),
+    Row("sql_fsdp", "v5e:4x4", ("trainer.mesh.sequence=4", *_FRUGAL)),
     Row("skyrl_sql", "v5p:2x2x1"),
     Row("skyrl_sql_conversation", "v5p:2x2x1"),
     Row("skyrl_sql_tp_lora", "v5p:2x2x1"),
     Row("sql_fsdp_2node", "v5p:2x2x4"),
-    Row("sql_fsdp", "v5e:2x4", (_ROWS + "8",), fits=False),
+    Row("sql_fsdp", "v5e:2x4", (_POLICY + "rows_per_micro_batch=8",), fits=False),
 ]
 
 

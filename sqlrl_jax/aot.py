@@ -98,7 +98,7 @@ def _compile(name: str, function: Any, arguments: tuple[Any, ...], resident: flo
     try:
         compiled = function.trace(*arguments).lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = _needed(str(error))
+        needed = _needed(str(error), _held(arguments))
         if needed is None:
             raise UserError(f"the {name} do not compile: {str(error)[:2000]}") from error
         return Compiled(name, time.perf_counter() - start, needed, 0.0, resident, refused=_first_lines(str(error)))
@@ -108,12 +108,16 @@ def _compile(name: str, function: Any, arguments: tuple[Any, ...], resident: flo
     return Compiled(name, seconds, float(own), float(memory.temp_size_in_bytes), resident, text=compiled.as_text())
 
 
-def _needed(message: str) -> float | None:
-    """Bytes of HBM that the compiler says a program needs, where it refused one for that."""
+def _needed(message: str, arguments: float) -> float | None:
+    """Bytes of HBM that the compiler says a program needs, where it refused one for that. Before it has laid out anything it
+    speaks of temporaries alone, to which the arguments come."""
     if "RESOURCE_EXHAUSTED" not in message:
         return None
-    used = re.search(r"Used ([\d.]+)([KMGT]) of", message) or re.search(r"required[^()]*\(([\d.]+)([KMGT])\)", message)
-    return float(used[1]) * _UNITS[used[2]] if used else math.inf
+    used = re.search(r"Used ([\d.]+)([KMGT]) of", message)
+    if used:
+        return float(used[1]) * _UNITS[used[2]]
+    used = re.search(r"HLO temporaries \(([\d.]+)([KMGT])\)", message)
+    return float(used[1]) * _UNITS[used[2]] + arguments if used else math.inf
 
 
 def _first_lines(message: str) -> str:

@@ -8,6 +8,7 @@ not, 2 a mistake of the user's.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,7 +122,7 @@ def check(config: Config, request: Request) -> Findings:
     if where is None:
         return Findings(config, cost, name, None, None, _where_it_fits(config, model, episodes), [])
     proof = prove(cost, where)
-    scale = proof.needs / cost.memory().total
+    scale = proof.needs / cost.memory().total if math.isfinite(proof.needs) else 1.0
     fits = proof.needs <= where.generation.hbm
     return Findings(
         config, cost, name, where, proof, [], [] if fits else suggest(config, model, where, episodes, scale)
@@ -224,15 +225,24 @@ def prove(cost: Cost, where: Slice) -> Proof:
 
 def proof_as_dict(proof: Proof) -> dict[str, Any]:
     """For --json."""
-    programs = [{k: v for k, v in asdict(p).items() if k != "text"} | {"needs": p.needs} for p in proof.programs]
+    programs = [
+        {k: v for k, v in asdict(p).items() if k not in ("text", "own")}
+        | {"own": _finite(p.own), "needs": _finite(p.needs)}
+        for p in proof.programs
+    ]
     sending = None
     if proof.sending is not None:
         sending = asdict(proof.sending) | {"ratio": proof.sending.ratio}
     return {
-        "needs_bytes_per_device": proof.needs,
+        "needs_bytes_per_device": _finite(proof.needs),
         "programs": programs,
         "sent_bytes_per_micro_batch": sending,
         "flops_per_device_per_micro_batch": proof.flops,
         "attention_kernels": proof.attention_kernels,
         "compile_seconds": proof.seconds,
     }
+
+
+def _finite(count: float) -> float | None:
+    """JSON has no word for what the compiler did not say."""
+    return count if math.isfinite(count) else None

@@ -232,12 +232,12 @@ class Cost:
     # What has to be sent.
 
     def ideal_sent(self) -> dict[str, float]:
-        """Bytes that one device must send for a micro-batch, by axis of the mesh.
+        """Bytes that one device must send for a micro-batch, by axes of the mesh.
 
-        fsdp: each weight gathered for the forward and for the backward pass, its gradient scattered, all in the compute
-        dtype; of the embedding whatever is less, that or the rows that were looked up. data, and sequence where weights are
-        not split over it: the gradients' sum. sequence: keys and values of whole rows, as often. tensor: two sums of
-        activations a layer forward and two backward, one more where the layer is computed again.
+        fsdp, and sequence with it: each weight gathered for the forward and for the backward pass, its gradient scattered,
+        all in the compute dtype; of the embedding whatever is less, that or the rows that were looked up. data: the
+        gradients' sum. sequence: heads for tokens around each attention. tensor: two sums of activations a layer forward
+        and two backward, one more where the layer is computed again.
         """
         out = dict.fromkeys(AXES, 0.0)
         for path, spec in (self.frozen | self.trained).items():
@@ -250,22 +250,22 @@ class Cost:
                 looked_up = 2 * self.local_tokens * self.model.hidden_size * self.width * (group - 1) / group
                 sent = min(sent, looked_up)
             if over:
-                out[over[0]] += sent
+                out["+".join(over)] = out.get("+".join(over), 0.0) + sent
             if path in self.trained:
                 for axis in ("data", "sequence"):
                     n = self.sizes[axis]
                     out[axis] += 0 if axis in split else 2 * (n - 1) / n * whole / group * self.width
-        out["sequence"] += self._keys_and_values()
+        out["sequence"] += self._exchanged()
         n, layers = self.sizes["tensor"], self.model.num_hidden_layers
         residual = self.local_tokens * self.model.hidden_size * self.width
         out["tensor"] += 2 * (n - 1) / n * residual * (layers * (4 + self.remat) + 2)
         return out
 
-    def _keys_and_values(self) -> float:
+    def _exchanged(self) -> float:
+        """Queries, keys, values and what attention makes of them, from all heads of some tokens to some heads of all."""
         n, c = self.sizes["sequence"], self.model
-        rows = self.tokens / self.shards
-        numbers = 2 * rows * c.num_key_value_heads * c.head_dim / self.sizes["tensor"]
-        return c.num_hidden_layers * (2 + self.remat) * numbers * self.width * (n - 1) / n
+        passes = 2 + self.attends_again
+        return c.num_hidden_layers * passes * self.local_tokens * self._wide()[0] * self.width * (n - 1) / n
 
     # A whole training step.
 

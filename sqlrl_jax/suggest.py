@@ -14,6 +14,7 @@ from typing import Any
 
 from sqlrl_jax.config import Config, ConfigError
 from sqlrl_jax.config_file import override
+from sqlrl_jax.config_file import settings as all_settings
 from sqlrl_jax.cost import Cost, Episodes
 from sqlrl_jax.mesh import AXES, mesh_sizes
 from sqlrl_jax.model.config import ModelConfig
@@ -45,9 +46,15 @@ def suggest(config: Config, model: ModelConfig, where: Slice, episodes: Episodes
         for settings, place in options:
             needs = estimate(config, model, place, episodes, settings)
             if needs is not None and needs * scale <= _USABLE * place.generation.hbm:
-                found.append(Change(kind, settings, place, needs * scale))
+                found.append(Change(kind, _new(config, settings), place, needs * scale))
                 break
     return found
+
+
+def _new(config: Config, settings: Settings) -> Settings:
+    """Those settings that are not so already."""
+    present = {setting.key: setting.value for setting in all_settings(config)}
+    return tuple((key, value) for key, value in settings if present[key] != value)
 
 
 def estimate(

@@ -143,9 +143,15 @@ def test_adapters_save_the_sum_of_gradients():
     assert adapters["fsdp"] < 0.7 * whole["fsdp"]
 
 
-def test_each_axis_sends_something():
+def test_every_axis_sends_something():
     ideal = seven({"data": 2, "fsdp": 2, "sequence": 2, "tensor": 2}).ideal_sent()
-    assert all(ideal[axis] > 0 for axis in AXES)
+    assert {axis for axes, sent in ideal.items() if sent > 0 for axis in axes.split("+")} == set(AXES)
+
+
+def test_long_rows_on_more_devices_take_less_of_each():
+    short, long = (seven({**ONE, "fsdp": 8 // n, "sequence": n}).memory() for n in (1, 4))
+    assert long.weights == short.weights  # split over the sequence axis too
+    assert long.saved == short.saved / 4
 
 
 def test_a_step_reads_every_episode():

@@ -26,7 +26,7 @@ class MeshConfig(Section):
     fsdp: int = Field(-1, ge=-1)
     """Shards of parameters and optimizer state; each is fed another part of the batch too."""
     sequence: int = Field(1, ge=-1)
-    """Shards of each packed row along its length."""
+    """Shards of each packed row along its length; parameters and optimizer state are split over them too."""
     tensor: int = Field(1, ge=-1)
     """Shards of heads, MLP width and vocabulary inside each layer."""
 
@@ -79,6 +79,9 @@ class PolicyConfig(Section):
     """Length of a packed row; episodes share rows. At least max_input_length + max_generate_length."""
     rows_per_micro_batch: int = Field(1, ge=1)
     """Packed rows in one forward and backward pass; gradients are summed over the passes of a minibatch."""
+    row_buckets: tuple[int, ...] = ()
+    """Shorter lengths that packed rows may have besides, such as [16384, 8192], as many rows more to a pass: less attention
+    where episodes are short, one more program to compile for each."""
     logprob_chunk: int = Field(1024, ge=16)
     """Trained tokens whose logits exist at one time."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -1,15 +1,19 @@
-"""Episodes of any length → rows of one length, in micro-batches of one shape.
+"""Episodes of any length → packed rows, in micro-batches of one shape or of a few.
 
 Padding was 40% of the tokens of a padded batch, so several episodes share a row: segment ids keep them apart in attention
 and positions restart for each. Beside the rows lies a flat list of the trained tokens: where the hidden state is that
 predicts each, the token itself, and what the loss needs. The head then runs on those alone. Everything here is NumPy on
-the host, and the same input always gives the same arrays. Left out: rows of several lengths (each would be one more
-program to compile) and cutting an episode over two rows (its tail would not see its head).
+the host, and the same input always gives the same arrays.
+
+A token of a long row costs more attention than one of a short row, whatever shares the row with it, so rows may have a few
+lengths: each is one more program to compile. All micro-batches hold the same number of tokens, in fewer long rows or more
+short ones. Left out: cutting an episode over two rows (its tail would not see its head).
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from bisect import bisect_left, insort
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -41,11 +45,16 @@ class Sample:
 
 # What a compiled step takes: rows [rows, row_tokens] and slots of trained tokens [shards, slots].
 Arrays = dict[str, np.ndarray]
+# The samples of each row of one length.
+Rows = list[list[int]]
+
+# How full the rows of a shorter length must at least be: the first of these with the least attention is taken.
+_FILLS = (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8)
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """A minibatch in micro-batches of one shape.
+    """A minibatch in micro-batches of one shape for each length of row.
 
     `owners[m]` [shards, slots] is the sample of each slot of micro-batch m, -1 where padded; inside one sample the slots
     are in the order of its tokens.
@@ -168,18 +177,63 @@ def assign_rows(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
     the lengths alone.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    rows: list[list[int]] = []
-    by_room: list[list[int]] = [[] for _ in range(row_tokens + 1)]  # open rows with exactly this much room
+    rows: Rows = []
+    by_room: dict[int, deque[int]] = {}  # open rows with exactly this much room
+    rooms: list[int] = []  # its keys in order
     for i in order:
-        room = next((r for r in range(lengths[i], row_tokens + 1) if by_room[r]), None)
-        if room is None:
-            rows.append([i])
-            by_room[row_tokens - lengths[i]].append(len(rows) - 1)
+        place = bisect_left(rooms, lengths[i])
+        if place == len(rooms):
+            row, room = len(rows), row_tokens
+            rows.append([])
         else:
-            row = by_room[room].pop(0)
-            rows[row].append(i)
-            by_room[room - lengths[i]].append(row)
+            room = rooms[place]
+            row = by_room[room].popleft()
+            if not by_room[room]:
+                del by_room[room], rooms[place]
+        rows[row].append(i)
+        left = room - lengths[i]
+        if left not in by_room:
+            by_room[left] = deque()
+            insort(rooms, left)
+        by_room[left].append(row)
     return rows
+
+
+def assign_buckets(
+    lengths: Sequence[int], row_tokens: int, rows_per_micro_batch: int, buckets: Sequence[int]
+) -> list[tuple[int, Rows]]:
+    """Rows of `row_tokens` and of the shorter lengths `buckets`, as (length, rows): as few micro-batches as a plan of this
+    kind can have, and among those as short rows as possible.
+
+    A plan fills short rows first, from the shortest length up, and keeps those that make whole micro-batches and are full
+    to a threshold; what is left goes on to longer rows. Several thresholds are tried.
+    """
+    budget = row_tokens * rows_per_micro_batch
+    plans = [[(row_tokens, assign_rows(lengths, row_tokens))]]
+    plans += [_plan(lengths, row_tokens, budget, sorted(buckets), fill) for fill in _FILLS if buckets]
+
+    def cost(plan: list[tuple[int, Rows]]) -> tuple[int, int]:
+        counts = [(length, -(-len(rows) * length // budget)) for length, rows in plan]
+        return sum(n for _, n in counts), sum(n * length for length, n in counts)
+
+    return min(plans, key=cost)
+
+
+def _plan(
+    lengths: Sequence[int], row_tokens: int, budget: int, buckets: Sequence[int], fill: float
+) -> list[tuple[int, Rows]]:
+    rest, plan = list(range(len(lengths))), []
+    for length in buckets:
+        fitting = [i for i in rest if lengths[i] <= length]
+        rows = [[fitting[j] for j in row] for row in assign_rows([lengths[i] for i in fitting], length)]
+        used = [sum(lengths[i] for i in row) for row in rows]
+        fullest = sorted((r for r in range(len(rows)) if used[r] >= fill * length), key=lambda r: (-used[r], r))
+        kept = [rows[r] for r in fullest[: len(fullest) * length // budget * budget // length]]
+        taken = {i for row in kept for i in row}
+        rest = [i for i in rest if i not in taken]
+        plan.append((length, kept))
+    last = [[rest[j] for j in row] for row in assign_rows([lengths[i] for i in rest], row_tokens)]
+    return [(length, rows) for length, rows in [(row_tokens, last), *reversed(plan)] if rows]
 
 
 def pack(
@@ -189,19 +243,17 @@ def pack(
     rows_per_micro_batch: int,
     slot_multiple: int,
     shards: int = 1,
-    rows: list[list[int]] | None = None,
+    buckets: Sequence[int] = (),
+    rows: Rows | None = None,
 ) -> PackedBatch:
     """Packs samples into micro-batches of `rows_per_micro_batch` rows, spread evenly over `shards` parts of the devices.
 
     Every micro-batch has the same shapes whatever the samples: the slots can hold every token of a shard's rows, rounded
-    up to `slot_multiple` (the chunk of rl/logprobs.py); `count` says how many are used. `rows` are the samples of each
-    row where the caller has assigned them. Raises ValueError naming the sample when one is longer than a row.
+    up to `slot_multiple` (the chunk of rl/logprobs.py); `count` says how many are used. `buckets` are shorter lengths that
+    rows may have, as many rows more to a micro-batch. `rows` are the samples of each row where the caller has assigned
+    them. Raises ValueError naming the sample when one is longer than a row.
     """
-    if rows_per_micro_batch % shards:
-        raise ConfigError(
-            f"trainer.policy.rows_per_micro_batch {rows_per_micro_batch} must be a multiple of the {shards} parts the mesh "
-            f"splits a batch into (data x fsdp)"
-        )
+    _check_shape(row_tokens, rows_per_micro_batch, shards, buckets)
     for sample in samples:
         if len(sample.tokens) > row_tokens:
             raise ValueError(
@@ -209,12 +261,16 @@ def pack(
                 f"raise it to at least the prompt plus the response (generator.max_input_length + max_generate_length)"
             )
     if rows is None:
-        rows = assign_rows([len(s.tokens) for s in samples], row_tokens)
+        plan = assign_buckets([len(s.tokens) for s in samples], row_tokens, rows_per_micro_batch, buckets)
+    else:
+        plan = [(row_tokens, rows)]
     micro_batches, owners = [], []
-    for part in _deal(rows, samples, rows_per_micro_batch, shards):
-        arrays, owner = _fill(part, samples, row_tokens, rows_per_micro_batch, slot_multiple)
-        micro_batches.append(arrays)
-        owners.append(owner)
+    for length, of_length in plan:
+        count = row_tokens * rows_per_micro_batch // length
+        for part in _deal(of_length, samples, count, shards):
+            arrays, owner = _fill(part, samples, length, count, slot_multiple)
+            micro_batches.append(arrays)
+            owners.append(owner)
     return PackedBatch(
         micro_batches=micro_batches,
         owners=owners,
@@ -224,6 +280,18 @@ def pack(
         trained_tokens=sum(int(m["mask"].sum()) for m in micro_batches),
         capacity=len(micro_batches) * rows_per_micro_batch * row_tokens,
     )
+
+
+def _check_shape(row_tokens: int, rows: int, shards: int, buckets: Sequence[int]) -> None:
+    parts = f"the {shards} parts the mesh splits a batch into (data x fsdp)"
+    if rows % shards:
+        raise ConfigError(f"trainer.policy.rows_per_micro_batch {rows} must be a multiple of {parts}")
+    for length in buckets:
+        if not 0 < length < row_tokens or rows * row_tokens % (length * shards):
+            raise ConfigError(
+                f"trainer.policy.row_buckets: {length} must be less than row_tokens {row_tokens} and divide the tokens of "
+                f"a micro-batch, {rows} x {row_tokens}, into a number of rows that is a multiple of {parts}"
+            )
 
 
 def batch_shapes(

@@ -238,10 +238,16 @@ def _place(
         """Some of the layers; all of the parameter where it has none."""
         shape = spec.shape if entries[0].layer is None else (count, *spec.shape[1:])
 
+        parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # devices that hold the same are asked for one by one
+
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
             index = index or (slice(None),) * len(shape)
-            # safetensors wants plain bounds
-            index = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True))
+            bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+            if bounds not in parts:
+                parts[bounds] = values(tuple(slice(*b) for b in bounds))  # safetensors wants plain bounds
+            return parts[bounds]
+
+        def values(index: tuple[slice, ...]) -> np.ndarray:
             if entries[0].layer is None:
                 return reader.read(entries[0], index, dtype)
             out = np.empty([s.stop - s.start for s in index], _numpy_dtype(dtype))

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,8 +17,8 @@ from safetensors.numpy import load_file
 
 from sqlrl_jax import config as configuration
 from sqlrl_jax.model.config import ModelConfig
-from sqlrl_jax.model.hf import load_hf, save_hf
-from sqlrl_jax.model.params import nest, param_specs
+from sqlrl_jax.model.hf import Reader, load_hf, save_hf
+from sqlrl_jax.model.params import nest, param_specs, parameter_count
 
 MODEL = ModelConfig("qwen2", 64, 32, 48, 2, 4, 2, 8, tie_word_embeddings=True, attention_bias=True)
 UNIT = Path(__file__).parents[1] / "unit"
@@ -124,7 +125,9 @@ def main(part: str, processes: int, index: int, port: int, folder: Path) -> dict
     sizes = {k: int(v) for k, v in (text.split("=") for text in MESHES[part].split(","))}
     mesh = make_mesh(configuration.MeshConfig(**sizes))
     model = ModelConfig.from_dir(folder / "model")
+    read = count_reads()
     learner = Learner(config, mesh, model, load_hf(folder / "model", model, mesh, piece_bytes=10_000))
+    assert sum(read) <= 4 * parameter_count(model) * DEVICES[part] / mesh.size * 1.1  # small ones lie everywhere
     checkpoints = Checkpoints(folder / "checkpoints", 3)
     out: dict[str, float] = {}
     first = 0
@@ -144,6 +147,20 @@ def main(part: str, processes: int, index: int, port: int, folder: Path) -> dict
             save_hf(folder / "export", learner.params, model, None, folder / "tokenizer", shard_bytes=10_000)
     checkpoints.close()
     return out
+
+
+def count_reads() -> list[int]:
+    """Grows by the bytes of every slice that is read."""
+    sizes: list[int] = []
+    whole = Reader.read
+
+    def read(*args: Any, **kwargs: Any) -> np.ndarray:
+        value = whole(*args, **kwargs)
+        sizes.append(value.nbytes)
+        return value
+
+    Reader.read = read  # type: ignore[method-assign]
+    return sizes
 
 
 def train(learner, step: int) -> float:  # type: ignore[no-untyped-def]

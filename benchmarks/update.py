@@ -7,13 +7,18 @@ tiny: a 0.92M Qwen2-type model, 256 episodes of 40 to 184 tokens, mean 84. small
 contenders take turns, each in a process of its own; the table shows each one's median and best round and its CPU time,
 because machines are seldom quiet. Compiling is left out (a warm-up update); the losses of the warm-up must agree, or the
 run ends with an error. Our rows were tuned once, by hand; PyTorch's micro-batches are tuned here, for each layout, by
-trying several sizes first and keeping the fastest.
+trying several sizes first and keeping the fastest, unless --sizes gives them.
+
+The last row takes its turns too: the time of the products that the update cannot do without (layers, attention over each
+token's own past, the head on trained tokens; forward and backward, nothing recomputed) at the rate of one product of two
+2048 x 2048 matrices.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import resource
 import statistics
 import subprocess
@@ -27,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from rollout.types import Trajectory  # noqa: E402
@@ -38,11 +44,12 @@ from sqlrl_jax.mesh import make_mesh  # noqa: E402
 from sqlrl_jax.model.config import ModelConfig  # noqa: E402
 from sqlrl_jax.model.decoder import init_params  # noqa: E402
 from sqlrl_jax.model.hf import to_hf_tensors  # noqa: E402
-from sqlrl_jax.model.params import parameter_count  # noqa: E402
+from sqlrl_jax.model.params import param_specs, parameter_count  # noqa: E402
 
 OURS = "sqlrl_jax, packed rows"
 PADDED = "eager PyTorch, padded (TRL's layout)"
 SORTED = "eager PyTorch, sorted by length"
+LIMIT = "limit at the matmul rate"
 
 
 class Work(NamedTuple):
@@ -53,6 +60,7 @@ class Work(NamedTuple):
     mean: int
     row_tokens: int
     rows: int
+    buckets: tuple[int, ...]  # shorter rows that may be used
     chunk: int
     torch_sizes: tuple[int, ...]  # sequences in a micro-batch of PyTorch; the fastest is used
 
@@ -60,11 +68,11 @@ class Work(NamedTuple):
 WORK = {
     "tiny": Work(
         ModelConfig("qwen2", 1024, 128, 384, 4, 4, 2, 32, tie_word_embeddings=True, attention_bias=True),
-        *(256, 40, 184, 84, 192, 6, 256, (4, 8, 16, 32, 64, 128, 256)),
+        *(256, 40, 184, 84, 192, 8, (128, 96), 256, (4, 8, 16, 32, 64, 128, 256)),
     ),
     "small": Work(
         ModelConfig("qwen2", 16384, 768, 2176, 10, 12, 4, 64, tie_word_embeddings=True, attention_bias=True),
-        *(16, 116, 630, 353, 640, 2, 256, (1, 2, 4, 8)),
+        *(16, 116, 630, 353, 640, 2, (), 256, (1, 2, 4, 8)),
     ),
 }
 
@@ -115,6 +123,7 @@ def learner_update(work: Work, overrides: list[str]) -> Callable[[], tuple[float
             "trainer.policy.optimizer_config.max_grad_norm=1.0",
             f"trainer.policy.row_tokens={work.row_tokens}",
             f"trainer.policy.rows_per_micro_batch={work.rows}",
+            f"trainer.policy.row_buckets=[{','.join(map(str, work.buckets))}]",
             f"trainer.policy.logprob_chunk={work.chunk}",
             "trainer.policy.scan_layers=false",
             "trainer.policy.remat=none",
@@ -141,9 +150,40 @@ def torch_update(work: Work, by_length: bool, size: int) -> Callable[[], tuple[f
     return lambda: peer.update(samples)
 
 
+def least_flops(work: Work) -> float:
+    """Operations of the products in an update: 2 forward and 4 backward for each weight and token."""
+    model, episodes = work.model, make_episodes(work)
+    matrices = sum(math.prod(s.shape) for p, s in param_specs(model).items() if p.startswith("layers.") and s.is_matrix)
+    width = model.num_hidden_layers * model.num_attention_heads * model.head_dim
+    lengths = [len(e.prompt_ids) + len(e.response_ids) for e in episodes]
+    pairs = sum(n * (n + 1) / 2 for n in lengths)
+    trained = sum(sum(e.loss_mask) for e in episodes)
+    return 6.0 * (matrices * sum(lengths) + 2 * width * pairs + model.hidden_size * model.vocab_size * trained)
+
+
+def limit_update(work: Work) -> Callable[[], tuple[float, float]]:
+    """Products that take the time of all the products in an update, as nearly as whole ones can."""
+    side = 2048
+    matrix = jnp.ones((side, side))
+    multiply = jax.jit(lambda a: a @ a)
+    for _ in range(4):  # the threads are slow at first
+        multiply(matrix).block_until_ready()
+    count = max(round(least_flops(work) / (2 * side**3)), 1)
+
+    def update() -> tuple[float, float]:
+        for _ in range(count):
+            multiply(matrix).block_until_ready()
+        return 0.0, 0.0
+
+    return update
+
+
 def serve(name: str, work: Work, size: int, overrides: list[str]) -> None:
     """A contender's process: one update for each line on standard input, one JSON line of measurements for each."""
-    update = learner_update(work, overrides) if name == OURS else torch_update(work, name == SORTED, size)
+    if name == LIMIT:
+        update = limit_update(work)
+    else:
+        update = learner_update(work, overrides) if name == OURS else torch_update(work, name == SORTED, size)
     for _ in sys.stdin:
         started, cpu = time.perf_counter(), time.process_time()
         loss, norm = update()
@@ -184,7 +224,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--work", choices=WORK, default="tiny")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--serve", choices=(OURS, PADDED, SORTED), help=argparse.SUPPRESS)
+    parser.add_argument("--sizes", type=int, nargs=2, metavar=("PADDED", "SORTED"), help="PyTorch's micro-batches")
+    parser.add_argument("--serve", choices=(OURS, PADDED, SORTED, LIMIT), help=argparse.SUPPRESS)
     parser.add_argument("--size", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("settings", nargs="*", help="key=value settings of the learner to try")
     args = parser.parse_args()
@@ -194,14 +235,17 @@ def main() -> int:
         return 0
     tokens = sum(len(e.prompt_ids) + len(e.response_ids) for e in make_episodes(work))
     print(f"{args.work}: {parameter_count(work.model):,} parameters, {work.episodes} episodes, {tokens:,} tokens\n")
-    sizes = {name: fastest_size(name, args.work) for name in (PADDED, SORTED)}
+    layouts = (PADDED, SORTED)
+    sizes = dict(zip(layouts, args.sizes or [fastest_size(name, args.work) for name in layouts], strict=True))
     contenders = {
         name: Contender(name, ["--work", args.work, "--size", str(sizes.get(name, 0)), *args.settings])
-        for name in (OURS, PADDED, SORTED)
+        for name in (OURS, PADDED, SORTED, LIMIT)
     }
     first = {name: contender.update() for name, contender in contenders.items()}
     for name, got in first.items():
-        if not np.allclose([got["loss"], got["norm"]], [first[OURS]["loss"], first[OURS]["norm"]], 1e-3, 1e-4):
+        if name != LIMIT and not np.allclose(
+            [got["loss"], got["norm"]], [first[OURS]["loss"], first[OURS]["norm"]], 1e-3, 1e-4
+        ):
             print(f"{name}: loss and gradient norm differ: {got}, ours {first[OURS]}", file=sys.stderr)
             return 1
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
@@ -211,16 +255,24 @@ def main() -> int:
             rounds[name].append(contender.update())
     for contender in contenders.values():
         contender.process.communicate()
-    base = tokens / statistics.median(r["seconds"] for r in rounds[PADDED])
-    print(
-        "| update | useful tokens/s, median | best | x padded | CPU seconds | peak RSS, GB |\n|---|---|---|---|---|---|"
-    )
+    print_table(tokens, rounds)
+    return 0
+
+
+def print_table(tokens: int, rounds: dict[str, list[dict[str, float]]]) -> None:
+    """One row a contender. The ratios are medians over the rounds of what took its turn in the same round."""
+    columns = ["update", "useful tokens/s, median", "best", "x padded", "x sorted", "CPU seconds", "peak RSS, GB"]
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name, results in rounds.items():
         rates = [tokens / r["seconds"] for r in results]
+        times = [
+            statistics.median(o["seconds"] / r["seconds"] for o, r in zip(rounds[other], results, strict=True))
+            for other in (PADDED, SORTED)
+        ]
         middle, cpu = statistics.median(rates), statistics.median(r["cpu"] for r in results)
-        peak = max(r["peak"] for r in results)
-        print(f"| {name} | {middle:,.0f} | {max(rates):,.0f} | {middle / base:.2f} | {cpu:.1f} | {peak:.1f} |")
-    return 0
+        cells = [f"{middle:,.0f}", f"{max(rates):,.0f}", *(f"{x:.2f}" for x in times), f"{cpu:.1f}"]
+        peak = "" if name == LIMIT else f"{max(r['peak'] for r in results):.1f}"
+        print(f"| {name} | {' | '.join(cells)} | {peak} |")
 
 
 if __name__ == "__main__":

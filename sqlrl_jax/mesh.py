@@ -2,7 +2,9 @@
 
 Parameters and activations name their axes ("embed", "heads", "batch" …); RULES maps the names to mesh axes, so a model
 file never mentions a mesh. An axis that does not divide evenly is replicated instead, as with 2 key/value heads on 4
-tensor shards. Left out: placing several hosts' devices by hand, because jax orders them well itself.
+tensor shards. Parameters are split over the sequence axis too: its devices are there because rows are long, and the
+memory that long rows take must come from somewhere. Left out: placing several hosts' devices by hand, because jax orders
+them well itself.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ _HOST = "pinned_host"
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "sequence": ("sequence",),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "sequence"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
@@ -58,14 +60,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def split_axes(mesh: Mesh | AbstractMesh, name: str | None, units: int) -> tuple[str, ...]:
-    """The mesh axes, of more than one device each, that an axis called `name` with `units` whole parts is divided over;
-    none where they do not divide it. Raises ValueError for a name without a rule."""
+    """The mesh axes, of more than one device each, that an axis called `name` with `units` whole parts is divided over:
+    those of its rule, without the last ones where all together do not divide it. Raises ValueError for a name without a
+    rule."""
     if name is None:
         return ()
     if name not in RULES:
         raise ValueError(f"logical axis {name!r} has no rule in sqlrl_jax.mesh.RULES")
     parts = tuple(axis for axis in RULES[name] if mesh.shape[axis] > 1)
-    return () if units % math.prod(mesh.shape[axis] for axis in parts) else parts
+    while units % math.prod(mesh.shape[axis] for axis in parts):
+        parts = parts[:-1]
+    return parts
 
 
 def partition_spec(mesh: Mesh | AbstractMesh, axes: Sequence[str | None], units: Sequence[int]) -> PartitionSpec:

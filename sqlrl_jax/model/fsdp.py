@@ -1,4 +1,5 @@
-"""What is split over fsdp is gathered where it is used, and its gradient is summed into parts again.
+"""Weights that are split over fsdp (and sequence) are gathered where they are used, and their gradients summed into
+parts again.
 
 Left to itself the compiler chooses what to move: sometimes the activations, sometimes float32 where the compute dtype
 would do. Here the collectives of a layer's weights are stated: an all-gather in the compute dtype for the forward pass,
@@ -10,7 +11,7 @@ Without a mesh, or on one device, this is the plain lookup and nothing else.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +21,13 @@ from jaxtyping import Array, Float, Int
 from sqlrl_jax.mesh import partition_spec, split_axes
 from sqlrl_jax.model.params import Params, ParamSpec
 
-_GATHERED = "fsdp"
+_GATHERED = ("fsdp", "sequence")
 
 
 def gather_layer(specs: dict[str, ParamSpec], layer: Params, mesh: Mesh | None, dtype: str) -> Params:
     """One layer's parameters, and its adapters, with those that are split over fsdp whole, in `dtype`. `specs` are those
     of the stacked parameters."""
-    if mesh is None or mesh.shape[_GATHERED] == 1:
+    if mesh is None or all(mesh.shape[axis] == 1 for axis in _GATHERED):
         return layer
     return {name: _gather(*_layout(specs, name, value), value, mesh, dtype) for name, value in layer.items()}
 
@@ -47,10 +48,14 @@ def _layout(specs: dict[str, ParamSpec], name: str, value: jax.Array) -> tuple[l
 
 def _gather(axes: list[str | None], units: list[int], value: jax.Array, mesh: Mesh, dtype: str) -> jax.Array:
     parts = partition_spec(mesh, axes, units)
-    if _GATHERED not in parts:
+    whole = PartitionSpec(*(None if _is_gathered(entry) else entry for entry in parts))
+    if whole == parts:
         return value
-    whole = PartitionSpec(*(None if axis == _GATHERED else axis for axis in parts))
     return _gathered(value, dtype, NamedSharding(mesh, parts), NamedSharding(mesh, whole))
+
+
+def _is_gathered(entry: Any) -> bool:
+    return any(axis in _GATHERED for axis in ((entry,) if isinstance(entry, str) else entry or ()))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
@@ -96,6 +101,10 @@ class _Lookup(NamedTuple):
     def out(self) -> PartitionSpec:
         return PartitionSpec(self.rows, self.tokens, None)
 
+    def side(self, axis: str) -> int | None:
+        """Which side of the tokens a mesh axis splits that splits the table's width."""
+        return 0 if axis in self.rows else 1 if axis in self.tokens else None
+
 
 def lookup(
     table: Float[Array, "V D"], tokens: Int[Array, "B S"], mesh: Mesh | None, dtype: str
@@ -118,8 +127,9 @@ def _own(how: _Lookup, tokens: Array, size: int) -> tuple[Array, Array]:
     """The tokens of all devices that hold other columns, by their places in this device's part of the vocabulary, and
     which of them are in it."""
     for axis in how.width:
-        if axis in how.rows:
-            tokens = jax.lax.all_gather(tokens, axis, axis=0, tiled=True)
+        side = how.side(axis)
+        if side is not None:
+            tokens = jax.lax.all_gather(tokens, axis, axis=side, tiled=True)
     if not how.vocab:
         return tokens, jnp.ones(tokens.shape, bool)
     tokens = tokens - jax.lax.axis_index(how.vocab) * size
@@ -133,9 +143,10 @@ def _lookup(table: Array, tokens: Array, how: _Lookup) -> Array:
         out = jnp.take(table, at, axis=0, mode="clip").astype(how.dtype)
         if how.vocab:
             out = jax.lax.psum(jnp.where(here[..., None], out, 0), how.vocab)
-        for axis in how.width:
-            if axis in how.rows:
-                out = jax.lax.all_to_all(out, axis, split_axis=0, concat_axis=2, tiled=True)
+        for axis in reversed(how.width):
+            side = how.side(axis)
+            if side is not None:
+                out = jax.lax.all_to_all(out, axis, split_axis=side, concat_axis=2, tiled=True)
             else:
                 out = jax.lax.all_gather(out, axis, axis=2, tiled=True)
         return out
@@ -156,10 +167,11 @@ def _lookup_backward(how: _Lookup, saved: tuple[Array, Array], gradient: Array) 
     def local(gradient: Array, tokens: Array, table: Array) -> Array:
         at, here = _own(how, tokens, table.shape[0])
         for axis in how.width:
-            if axis in how.rows:
-                gradient = jax.lax.all_to_all(gradient, axis, split_axis=2, concat_axis=0, tiled=True)
+            side = how.side(axis)
+            if side is not None:
+                gradient = jax.lax.all_to_all(gradient, axis, split_axis=2, concat_axis=side, tiled=True)
             else:
-                width = table.shape[1]
+                width = gradient.shape[2] // how.mesh.shape[axis]
                 gradient = jax.lax.dynamic_slice_in_dim(gradient, jax.lax.axis_index(axis) * width, width, axis=2)
         at = jnp.where(here, at, table.shape[0])  # past the end: dropped
         out = jnp.zeros(table.shape, jnp.float32).at[at].add(gradient.astype(jnp.float32), mode="drop")

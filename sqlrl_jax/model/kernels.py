@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -93,9 +94,12 @@ def cudnn_attention(
     k: Float[Array, "B S KV h"],
     v: Float[Array, "B S KV h"],
     segment_ids: Int[Array, "B S"],
+    *,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "B S H h"]:
     """Each token attends to its own segment up to itself: blocks of queries, each with the keys up to its end, so that the
-    masks stay small and almost half of the work is saved. Odd lengths, which cuDNN does not take, go to XLA."""
+    masks stay small and almost half of the work is saved. Odd lengths, which cuDNN does not take, go to XLA;
+    `implementation` takes everything there, as where there is no GPU."""
     length = q.shape[1]
     if length % 2:
         return segment_attention(q, k, v, segment_ids)
@@ -105,6 +109,8 @@ def cudnn_attention(
         end = min(start + block, length)
         mask = segment_mask(segment_ids[:, start:end], segment_ids[:, :end], start)[:, None]
         parts.append(
-            jax.nn.dot_product_attention(q[:, start:end], k[:, :end], v[:, :end], mask=mask, implementation="cudnn")
+            jax.nn.dot_product_attention(
+                q[:, start:end], k[:, :end], v[:, :end], mask=mask, implementation=implementation
+            )
         )
     return jnp.concatenate(parts, axis=1)

@@ -6,8 +6,8 @@ chunk's logits again from the saved normaliser. The number of chunks is a loop b
 more or fewer trained tokens run in one compiled program and pay for what they have.
 
 On a mesh every collective stands outside the loop over chunks, but for the sums over a split vocabulary: the output matrix
-is gathered over fsdp once in the compute dtype, the hidden states once over the sequence axis, whose devices then share
-the slots of each chunk, and the matrix's gradient is summed on each device in float32 and reduce-scattered once.
+is gathered once in the compute dtype, the hidden states once over the sequence axis, whose devices then share the slots
+of each chunk, and the matrix's gradient is summed on each device in float32 and reduce-scattered once.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from sqlrl_jax.config import ConfigError
 from sqlrl_jax.mesh import split_axes
 
 # Two computations of one logit may be rounded apart by this much of its size.
@@ -103,9 +104,9 @@ def _layout(hidden: Array, unembed: Array, mesh: Mesh | None, scale: float, chun
         share,
     )
     if chunk % how.sharers:
-        raise ValueError(
-            f"the chunk of {chunk} trained tokens (trainer.policy.logprob_chunk) must be a multiple of the {how.sharers}"
-            f" devices of the mesh axes {share} that share it"
+        raise ConfigError(
+            f"trainer.policy.logprob_chunk = {chunk} must be a multiple of {how.sharers}, the devices along"
+            f" {' and '.join(share)} that share a chunk"
         )
     return how
 

@@ -1,0 +1,75 @@
+"""The kernels of accelerators against the plain blocks, and which device reads which key/value head."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sqlrl_jax.model.attention import segment_attention
+from sqlrl_jax.model.kernels import cudnn_attention, kernel_for, splash_attention
+from sqlrl_jax.model.sharded_attention import kv_table
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [partial(splash_attention, interpret=True), partial(cudnn_attention, implementation="xla")],
+    ids=["splash", "cudnn"],
+)
+def test_kernels_equal_the_plain_blocks(kernel: object) -> None:
+    """Values and gradients, with grouped heads, padding, and a length (200) that is no multiple of a block."""
+    rng = np.random.default_rng(0)
+    q, to = rng.normal(size=(2, 2, 200, 4, 64)).astype(np.float32)
+    k, v = rng.normal(size=(2, 2, 200, 2, 64)).astype(np.float32)
+    segments = jnp.array(np.stack([np.repeat([1, 2, 0], [60, 120, 20]), np.repeat([1], [200])]))
+
+    def outputs(attention: object) -> list[np.ndarray]:
+        def total(*qkv: jax.Array) -> tuple[jax.Array, jax.Array]:
+            out = attention(*qkv, segments)  # type: ignore[operator]
+            return (out * to).sum(), out
+
+        gradients, out = jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(q, k, v)
+        return [np.asarray(x) for x in (out, *gradients)]
+
+    for got, want in zip(outputs(kernel), outputs(segment_attention), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_the_platform_chooses_the_kernel() -> None:
+    assert kernel_for("tpu", jnp.dtype("bfloat16"), 128) is splash_attention
+    assert kernel_for("tpu", jnp.dtype("bfloat16"), 64) is splash_attention
+    named = {
+        kernel_for(platform, jnp.dtype(dtype), size).args[0].__name__  # type: ignore[attr-defined]
+        for platform, dtype, size in [("gpu", "bfloat16", 128)]
+    }
+    assert named == {"cudnn_attention"}
+    for platform, dtype, size in [("cpu", "float32", 64), ("gpu", "float32", 64), ("tpu", "bfloat16", 80)]:
+        assert kernel_for(platform, jnp.dtype(dtype), size).args[0] is segment_attention  # type: ignore[attr-defined]
+
+
+@given(st.sampled_from([1, 2, 4, 7, 8]), st.sampled_from([1, 2, 3, 7]), st.sampled_from([1, 2, 4]), st.integers(1, 8))
+def test_every_query_head_meets_its_own_key_head(kv_heads: int, groups: int, tensor: int, shards: int) -> None:
+    heads = kv_heads * groups
+    if heads % tensor:
+        tensor = 1
+    split = kv_heads % tensor == 0
+    local = kv_heads // tensor if split else kv_heads
+    table, exchanged = kv_table(heads, kv_heads, tensor, shards, local)
+    own = heads // tensor
+    each = -(-own // shards)
+    for t in range(tensor):
+        for s in range(shards):
+            picked = table[t, s] + (t * local if split else 0)
+            assert each % len(picked) == 0
+            read = np.repeat(picked, each // len(picked))
+            for i in range(each):
+                head = s * each + i
+                if head < own:  # the rest is padding
+                    assert read[i] == (t * own + head) // groups
+            if exchanged:  # what an all-to-all of the key/value heads leaves here
+                np.testing.assert_array_equal(table[t, s], np.split(np.arange(local), shards)[s])

@@ -111,7 +111,7 @@ class Learner:
         self.config, self.mesh, self.model_config = config, mesh, model_config
         policy = config.trainer.policy
         self._reference = reference
-        self._old = old_policy(config.trainer)
+        self._old, self._compiled = old_policy(config.trainer), compile_cache.counter()
         program = make_program(config, mesh, model_config, optimizer_steps)
         if self.lora.path:
             read = load_peft(self.lora.path, model_config, self.lora, policy.param_dtype)
@@ -273,7 +273,7 @@ class Learner:
             "policy/padding_fraction": 1.0 - _ratio(sum(b.tokens for b in batches), sum(b.capacity for b in batches)),
             "policy/optimizer_steps": float(len(steps)),
             "policy/skipped_steps": float(sum(int(m["skipped"]) for _, m in steps)),
-            "policy/compiles": float(self._stepper.program.compiles),
+            "policy/compiles": float(self._compiled.programs),
         }
         if not steps:  # every question had one reward for all its episodes: nothing to learn from
             return counted

@@ -69,7 +69,6 @@ class Program:
     ) -> None:
         self.policy, self.model_config, self.mesh = policy, model_config, mesh
         self.shards = int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))
-        self.compiles = 0
         self._objective, self._temperature = objective, temperature
         self._compute = Compute(policy.compute_dtype, policy.scan_layers, policy.remat, mesh)
         lora = policy.model.lora
@@ -93,7 +92,7 @@ class Program:
         self.add = jax.jit(self._accumulate, out_shardings=(where.params, everywhere), donate_argnums=(0, 1))
         self.apply = jax.jit(self._applied, out_shardings=(where, everywhere), donate_argnums=0)
         self.score = jax.jit(self._scored, out_shardings=everywhere)
-        self.score_whole = jax.jit(self._scored_whole, out_shardings=everywhere)
+        self.score_whole = jax.jit(self._logprobs, out_shardings=everywhere)
 
     def _state_shardings(self) -> State:
         """Optimizer moments lie as their parameters do, perhaps in the host's memory; counters are everywhere."""
@@ -134,18 +133,14 @@ class Program:
             for name, (shape, dtype) in shapes.items()
         }
 
-    # The next functions are traced by jit; each trace of a large one is counted as a compilation.
+    # The next functions are traced by jit.
 
     def _started(self, params: Params) -> State:
         zero = jnp.zeros((), jnp.int32)
         return State(params, self._optimizer.init(params), zero, zero)
 
     def _scored(self, params: Params, frozen: Params, batch: dict[str, Array]) -> TokenLogprobs:
-        return self._scored_whole(join(frozen, params, self.policy.model.lora), batch)
-
-    def _scored_whole(self, params: Params, batch: dict[str, Array]) -> TokenLogprobs:
-        self.compiles += 1
-        return self._logprobs(params, batch)
+        return self._logprobs(join(frozen, params, self.policy.model.lora), batch)
 
     def _logprobs(self, params: Params, batch: dict[str, Array]) -> TokenLogprobs:
         hidden = forward(
@@ -179,13 +174,11 @@ class Program:
     def _accumulate(
         self, gradients: Params, sums: Sums, params: Params, frozen: Params, batch: dict[str, Array]
     ) -> tuple[Params, Sums]:
-        self.compiles += 1
         more, more_sums = self._gradients(params, frozen, batch)
         return jax.tree.map(jnp.add, gradients, more), add_sums(sums, more_sums)
 
     def _applied(self, state: State, gradients: Params, total_weight: Array) -> tuple[State, dict[str, Array]]:
         """The state after one step with the mean gradient, clipped; the same state where that is not finite."""
-        self.compiles += 1
         gradients = jax.tree.map(lambda g: g / total_weight, gradients)
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(norm)

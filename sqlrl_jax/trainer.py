@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -105,6 +106,7 @@ class Trainer:
             world=world,
         )
         self.fleet.republish = self.push
+        self.writer = stack.enter_context(ThreadPoolExecutor(1, "writer"))
         self.push()
 
     def loop(self) -> None:
@@ -131,6 +133,9 @@ class Trainer:
         clock = Clock()
         episodes = self._rollout(tasks, generator.n_samples_per_prompt, "rollout")
         clock.lap("rollout")
+        written = self.writer.submit(
+            self.run.log_episodes, "train", self.step + 1, episodes, self.data.by_id, self.decode
+        )
         usable = [e for e in episodes if e.outcome != "prompt_too_long"]
         if not usable:
             raise UserError(
@@ -146,10 +151,11 @@ class Trainer:
         self.step += 1
         metrics |= self.push()
         clock.lap("push")
+        written.result()  # tens of seconds of a large batch, beside the update and the push
+        clock.lap("log")
         metrics |= rollout_metrics(usable) | clock.metrics()
         metrics["generate/prompts_too_long"] = float(len(episodes) - len(usable))
         metrics["generate/tokens_per_second"] = metrics["generate/tokens"] / metrics["timing/rollout"]
-        self.run.log_episodes("train", self.step, episodes, self.data.by_id, self.decode)
         self.run.log_metrics("train", self.step, metrics)
         self._warn(metrics)
         return metrics

@@ -118,6 +118,9 @@ def test_a_run_leaves_everything_in_its_folder(reference):
     assert len(keys) == len(set(keys)) == STEPS * QUESTIONS * SAMPLES + 2 * 8
     assert any(m.get("policy/grad_norm", 0) > 0 for m in metrics)
     assert all(m["policy/logprob_diff_max"] < 1e-3 for m in metrics if "policy/logprob_diff_max" in m)
+    lines = map(json.loads, (reference / "metrics.jsonl").read_text().splitlines())
+    compiles = [m["policy/compiles"] for m in lines if m["kind"] == "train"]
+    assert len(set(compiles[1:])) == 1  # checkpoints and pushes compile nothing new either
 
 
 def test_killed_and_resumed_equals_uninterrupted(reference, demo, tmp_path):

@@ -8,6 +8,7 @@ it needs no compiled program, does not disturb a running one, and still works wh
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -18,9 +19,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from rollout.channel import split_address
 from rollout.errors import UserError
@@ -64,6 +69,9 @@ class World:
 
     def record(self, write: Callable[[str], None]) -> None:
         """`write(sentence)` also gets the sentence that ends this process because of another."""
+
+    def connect(self, mesh: Mesh) -> None:
+        """Opens the connections that collectives over `mesh` need, before programs do whose compilation takes its time."""
 
     @contextmanager
     def ending_together(self) -> Iterator[None]:
@@ -139,6 +147,11 @@ class Several(World):
 
     def _start_jax(self, port: int) -> None:
         """jax.distributed, whose service process 0 runs on `port`."""
+        if (
+            jax.config.jax_platforms == "cpu"
+        ):  # gloo's own patience is 30 s, which a program's compilation may take longer
+            patience = f"--xla_cpu_collective_timeout_seconds={int(self._settings.wait_timeout)}"
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {patience}".strip()
         host, bind = "127.0.0.1", f"{_bind_host(self._place.host)}:{port}"
         local = port if self.is_main else Relay(self.peers[0].address, port).port
         jax.distributed.initialize(
@@ -165,6 +178,19 @@ class Several(World):
 
     def tell_stop(self, why: str) -> None:
         self._link.stop(why)
+
+    def connect(self, mesh: Mesh) -> None:
+        if jax.default_backend() != "cpu":  # there JAX itself is patient
+            return
+        axes = [name for name, size in mesh.shape.items() if size > 1]
+        for number in range(1, len(axes) + 1):
+            for group in itertools.combinations(axes, number):
+                one = jax.shard_map(partial(jax.lax.psum, axis_name=group), mesh=mesh, in_specs=P(), out_specs=P())
+                compiled = jax.jit(one).lower(jax.ShapeDtypeStruct((), np.float32, sharding=NamedSharding(mesh, P())))
+                whole = jax.make_array_from_callback((), NamedSharding(mesh, P()), lambda _: np.float32(1))
+                program = compiled.compile()
+                self.barrier("collectives")  # gloo wants all processes within half a minute
+                jax.block_until_ready(program(whole))
 
     def record(self, write: Callable[[str], None]) -> None:
         self._write = write

@@ -32,6 +32,7 @@ from sqlrl_jax.distributed import World
 from sqlrl_jax.evaluate import evaluate
 from sqlrl_jax.fleet import sampling_params
 from sqlrl_jax.learner import Learner, build_learner
+from sqlrl_jax.mesh import make_mesh
 from sqlrl_jax.metrics import rollout_metrics
 from sqlrl_jax.model.hf import save_hf
 from sqlrl_jax.model.peft import save_peft
@@ -64,8 +65,10 @@ def train(config: Config, world: World) -> int:
                 display.print(
                     f"stopped by {signal} after step {trainer.step}; everything up to there is saved. Go on with:"
                 )
+                flags = " --coordinator … on every host, as before" if world.count > 1 else ""
                 display.print(
-                    f"    python launch.py --config {run.dir}/config.yaml trainer.resume_mode=latest", style="bold"
+                    f"    python launch.py --config {run.dir}/config.yaml trainer.resume_mode=latest{flags}",
+                    style="bold",
                 )
                 return 130
             trainer.finish()
@@ -84,6 +87,7 @@ class Trainer:
         self.total = self._total_steps()
         trainer = config.trainer
         minibatches = trainer.train_batch_size // trainer.policy_mini_batch_size * trainer.update_epochs_per_batch
+        world.connect(make_mesh(trainer.mesh))
         self.learner: Learner = build_learner(config, self.total * minibatches)
         self.decode: Decode = load_tokenizer(trainer.policy.model.path).decode
         self.checkpoints = Checkpoints(

@@ -148,8 +148,8 @@ class Several(World):
     def _start_jax(self, port: int) -> None:
         """jax.distributed, whose service process 0 runs on `port`."""
         if (
-            jax.config.jax_platforms == "cpu"
-        ):  # gloo's own patience is 30 s, which a program's compilation may take longer
+            os.environ.get("JAX_PLATFORMS") == "cpu"
+        ):  # gloo's own patience is 30 s, less than some programs take to compile
             patience = f"--xla_cpu_collective_timeout_seconds={int(self._settings.wait_timeout)}"
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {patience}".strip()
         host, bind = "127.0.0.1", f"{_bind_host(self._place.host)}:{port}"

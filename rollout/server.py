@@ -25,7 +25,7 @@ from grpc_reflection.v1alpha import reflection
 from rollout import bridge_pb2 as pb
 from rollout import wire
 from rollout.channel import METHODS, OPTIONS, SERVICE, grpc, require_loopback
-from rollout.engine.base import Engine
+from rollout.engine.base import Engine, EngineError
 from rollout.errors import UserError
 from rollout.manifest import Refused, Slice
 from rollout.receiver import Key, Range, Receiver
@@ -332,13 +332,15 @@ def main(config: Config, port_file: str | None = None) -> int:
                 trusted_network=bridge.trusted_network,
             )
         )
+        failure = engine.failure
+    if failure:
+        raise EngineError(f"the engine has stopped: {failure}")
     return 0
 
 
 def _build(config: Config, stack: contextlib.ExitStack) -> tuple[Engine, Player]:
     """The engine and the episodes that `config` describes; `stack` closes them."""
     from rollout.chat import Chat, load_tokenizer
-    from rollout.engine.embedded import EmbeddedEngine
     from rollout.environment import make_environment_factory
     from rollout.episode import EpisodeSettings, run_batch
 
@@ -350,7 +352,7 @@ def _build(config: Config, stack: contextlib.ExitStack) -> tuple[Engine, Player]
     )
     pool = stack.enter_context(ThreadPoolExecutor(64, thread_name_prefix="environment"))
     environments = stack.enter_context(make_environment_factory(config))  # closed before the threads that wait for it
-    engine = EmbeddedEngine(config)
+    engine = _engine(config)
     stack.callback(engine.close)
 
     def play(
@@ -367,3 +369,15 @@ def _build(config: Config, stack: contextlib.ExitStack) -> tuple[Engine, Player]
         )
 
     return engine, play
+
+
+def _engine(config: Config) -> Engine:
+    """The engine of `generator.backend`; the other one is not even imported."""
+    if config.generator.backend == "embedded":
+        from rollout.engine.embedded import EmbeddedEngine
+
+        return EmbeddedEngine(config)
+    from rollout.engine.sglang import SglangEngine
+
+    # An engine that has died does not come back: the service ends, and whoever watches it starts another.
+    return SglangEngine(config, on_failure=lambda why: os.kill(os.getpid(), signal.SIGTERM))

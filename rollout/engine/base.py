@@ -63,6 +63,11 @@ class Engine(ABC):
     def version(self) -> int:
         """Version of the weights in use; -1 before any were given."""
 
+    @property
+    def failure(self) -> str:
+        """Why the engine has stopped for good; "" while it works. An engine in this process stops with it and has none."""
+        return ""
+
     @abstractmethod
     def session(self, order: int) -> Session:
         """Opens a session. When places are short, lower `order` goes first.

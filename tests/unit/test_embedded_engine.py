@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-import threading
 
 import numpy as np
 import pytest
@@ -13,8 +12,9 @@ from rollout.engine.embedded import EmbeddedEngine
 from rollout.types import SamplingParams
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.hf import to_hf_tensors
+from tests import engine_contract as contract
+from tests.engine_contract import PARAMS, prompt
 
-PARAMS = SamplingParams(temperature=1.0, max_tokens=18, stop=("</sql>", "</solution>"))
 OBSERVATION = [41, 42, 43, 44]
 
 
@@ -30,10 +30,6 @@ def engine(folder):
     with_engine = EmbeddedEngine(engine_config(folder))
     yield with_engine
     with_engine.close()
-
-
-def prompt(engine, number: int) -> list[int]:
-    return engine.chat.prompt_ids([{"role": "user", "content": f"city {number}"}])
 
 
 async def play(engine, count, turns=3, params=PARAMS, delays=None, group=4):
@@ -100,23 +96,12 @@ def test_later_turns_reuse_the_cache_and_equal_a_fresh_session(engine):
 
 
 def test_stop_strings_across_tokens(engine):
-    endless = SamplingParams(temperature=1.0, max_tokens=18, stop=())
+    def sample(stop, seed):
+        return contract.generate(engine, contract.prompt(engine, 2), SamplingParams(max_tokens=18, stop=stop), seed)
 
-    async def generate(params, seed):
-        async with engine.session(0) as session:
-            return await session.generate(prompt(engine, 2), params, seed)
-
-    seeds = ((seed, asyncio.run(generate(endless, seed))) for seed in range(50))
+    seeds = ((seed, sample((), seed)) for seed in range(50))
     seed, free = next((s, g) for s, g in seeds if g.finish_reason == "length")  # the others sampled an end of turn
-    assert len(free.output_ids) == len(free.logprobs) == 18
-    for start, length in ((1, 2), (3, 2), (6, 4), (9, 1)):  # inside a chunk of 4, across two, one token
-        text = engine.chat.decode(free.output_ids[start : start + length])
-        stopped = asyncio.run(generate(SamplingParams(temperature=1.0, max_tokens=18, stop=("never", text)), seed))
-        ends = [n for n in range(1, 19) if text in engine.chat.decode(free.output_ids[:n])]
-        assert stopped.finish_reason == "stop"
-        assert stopped.output_ids == free.output_ids[: ends[0]]
-        assert stopped.logprobs == free.logprobs[: ends[0]]
-        assert stopped.spans == [(0, 0, ends[0])]
+    contract.stops_at_the_token_that_completes_a_stop_string(engine, free, lambda stop: sample(stop, seed))
 
 
 def aligned(value) -> np.ndarray:
@@ -129,102 +114,31 @@ def aligned(value) -> np.ndarray:
     return out
 
 
-def test_new_weights_count_from_the_next_token_on(folder, engine):
+def test_new_weights_count_from_the_next_token_on(folder):
     own = EmbeddedEngine(engine_config(folder, "generator.sampling_params.max_generate_length=200"))
     config = ModelConfig.from_dir(folder)
     new = {k: aligned(v) for k, v in to_hf_tensors(sharp_params(config, 9), config, "float32").items()}
     params = SamplingParams(temperature=1.0, max_tokens=200, stop=())
-    swapped = threading.Event()
-
-    def swap():
-        while own.stats()["generated_tokens"] < 8 and not swapped.wait(0.001):
-            continue
-        own.pause()
-        own.apply_weights(new, 5)
-        for array in new.values():
-            array[:] = 0  # the caller's memory is reused; the engine must have copied
-        own.resume()
-        swapped.set()
-
-    async def main():
-        thread = threading.Thread(target=swap)
-        thread.start()
-        async with own.session(0) as session:
-            ids = prompt(own, 3)
-            generation = await session.generate(ids, params, 1)
-            return ids, generation, await asyncio.to_thread(thread.join, 60)
-
-    ids, generation, _ = asyncio.run(main())
-    assert [span[0] for span in generation.spans] == [0, 5]
-    assert own.version == 5
-    start = generation.spans[1][1]
-    assert generation.spans == [(0, 0, start), (5, start, len(generation.output_ids))]
-
-    async def rest():  # the same continuation, with the new weights from the start
-        async with own.session(0) as session:
-            left = SamplingParams(temperature=1.0, max_tokens=len(generation.output_ids) - start, stop=())
-            return await session.generate(ids + generation.output_ids[:start], left, 1)
-
-    rest_of_it = asyncio.run(rest())
-    assert rest_of_it.output_ids == generation.output_ids[start:]
-    np.testing.assert_allclose(rest_of_it.logprobs, generation.logprobs[start:], atol=1e-4)
+    contract.goes_on_with_new_weights(own, new, 5, contract.prompt(own, 3), params, seed=1)
     own.close()
 
 
 def test_weights_that_do_not_fit_are_refused_and_the_old_ones_stay(engine):
-    config = model_config(engine.model_config.vocab_size, intermediate_size=80)
-    wrong = {k: np.array(v) for k, v in to_hf_tensors(sharp_params(config, 9), config, "float32").items()}
-    before = asyncio.run(play(engine, 2, turns=2))
-    with pytest.raises(EngineError, match="mlp"):
-        engine.apply_weights(wrong, 3)
-    assert engine.version == 0
-    assert asyncio.run(play(engine, 2, turns=2)) == before
-    names = {spec.name for spec in engine.manifest()}
-    assert names == set(wrong)
+    config = model_config(engine.model_config.vocab_size)
+    fitting = {k: np.array(v) for k, v in to_hf_tensors(sharp_params(config, 9), config, "float32").items()}
+    contract.keeps_its_weights_when_others_do_not_fit(engine, fitting)
 
 
 def test_requests_that_cannot_be_served_are_refused(engine):
-    async def ask(ids, params=PARAMS):
-        async with engine.session(0) as session:
-            await session.generate(ids, params, 0)
-
-    for ids, message in (([], "0 input tokens"), ([1] * engine.max_context, "input tokens"), ([10**6], "vocabulary")):
-        with pytest.raises(EngineError, match=message):
-            asyncio.run(ask(ids))
-    with pytest.raises(EngineError, match="max_tokens"):
-        asyncio.run(ask([1], SamplingParams(max_tokens=0)))
+    contract.refuses_what_it_cannot_serve(engine)
 
 
 def test_the_context_bounds_a_turn(engine):
-    async def main():
-        async with engine.session(0) as session:
-            return await session.generate([7] * (engine.max_context - 5), SamplingParams(max_tokens=64, stop=()), 0)
-
-    generation = asyncio.run(main())
-    assert len(generation.output_ids) == 5
-    assert generation.finish_reason == "length"
+    contract.bounds_a_turn_by_the_context(engine)
 
 
 def test_cancelled_and_aborted_turns_free_their_places(engine):
-    long = SamplingParams(temperature=1.0, max_tokens=60, stop=())
-
-    async def main():
-        async def turn(order):
-            async with engine.session(order) as session:
-                return await session.generate(prompt(engine, order), long, 0)
-
-        engine.pause()
-        jobs = [asyncio.ensure_future(turn(i)) for i in range(3)]
-        await asyncio.sleep(0.05)
-        jobs[0].cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await jobs[0]
-        aborted = await asyncio.to_thread(engine.abort)
-        engine.resume()
-        return aborted, [(await job).finish_reason for job in jobs[1:]]
-
-    assert asyncio.run(main()) == (2, ["abort", "abort"])
-    assert engine.stats()["sessions"] == 0
+    contract.frees_the_places_of_cancelled_and_aborted_turns(engine)
     assert len(asyncio.run(play(engine, 2, turns=2))) == 2
 
 

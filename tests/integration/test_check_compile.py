@@ -1,4 +1,4 @@
-"""`launch.py check --topology`: a small model's step compiled for a TPU slice by the real command, on a machine without one."""
+"""`launch.py check --topology`: a small model compiled for a TPU slice by the real command, on a machine without one."""
 
 import json
 import os

@@ -261,14 +261,29 @@ def _product_flops(lines: Computation, line: Instruction) -> float:
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", line.attributes)
     if labels is None:
         return 0.0
-    kernel = labels[2]
-    work = 2.0 * result * shapes[1][kernel.index("i")]
+    work = 2.0 * result * shapes[1][labels[2].index("i")]
     window = re.search(r"window=\{([^}]*)\}", line.attributes)
-    fields = dict(part.split("=") for part in window[1].split()) if window else {}
-    sizes = [int(n) for n in fields.get("size", "").split("x") if n]
-    dilations = [int(n) for n in fields.get("lhs_dilate", "").split("x") if n] or [1] * len(sizes)
-    # A batch written as a dimension of space is spread so far apart that each output meets one entry of the kernel.
-    return work * math.prod(-(-n // d) for n, d in zip(sizes, dilations, strict=True))
+    if window is None:
+        return work
+    fields = dict(part.split("=") for part in window[1].split())
+    for place, size in enumerate(fields["size"].split("x")):
+        of = {name: fields[name].split("x")[place] for name in fields}
+        sides = shapes[0][labels[1].index(str(place))], arrays(line.shape)[0][1][labels[3].index(str(place))]
+        work *= _taps(int(size), of, *sides)
+    return work
+
+
+def _taps(size: int, window: Mapping[str, str], inputs: int, outputs: int) -> float:
+    """How many of a kernel's `size` entries meet a number of the input, for the mean output. A batch written as space is
+    spread out, or padded, so far that each output meets one."""
+    stride, spread, step = (int(window.get(name, 1)) for name in ("stride", "lhs_dilate", "rhs_dilate"))
+    before = int(window.get("pad", "0_0").partition("_")[0])
+    met = 0
+    for entry in range(size):
+        # Outputs o with a number at o * stride + entry * step - before, in an input that is spread with holes.
+        places = (o * stride + entry * step - before for o in range(outputs))
+        met += sum(1 for place in places if place % spread == 0 and 0 <= place // spread < inputs)
+    return met / outputs
 
 
 def _trips(computations: Mapping[str, Computation], lines: Computation, loop: Instruction) -> float | None:

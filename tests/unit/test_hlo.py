@@ -127,6 +127,36 @@ def test_a_batch_written_as_space_is_not_multiplied_by_it():
 
 
 @pytest.mark.parametrize(
+    ("window", "labels", "shapes", "flops"),
+    [
+        ("", "bf_io->bf", ("8,32", "32,16", "8,16"), 2 * 8 * 16 * 32),
+        (
+            "window={size=7 pad=6_6 rhs_reversal=1}, ",
+            "bf0_0oi->b0f",
+            ("8,32,1", "7,16,32", "8,7,16"),
+            2 * 8 * 7 * 16 * 32,
+        ),
+        (
+            "window={size=4 stride=3 lhs_dilate=4}, ",
+            "0bf_o0i->0bf",
+            ("4,8,32", "16,4,32", "4,8,16"),
+            2 * 4 * 8 * 16 * 32,
+        ),
+        ("window={size=3}, ", "b0f_0io->b0f", ("2,10,4", "3,4,5", "2,8,5"), 2 * 2 * 8 * 5 * 4 * 3),
+        ("window={size=3x1 pad=1_1x0_0}, ", "b01f_01io->b01f", ("1,4,2,4", "3,1,4,5", "1,4,2,5"), 2 * 2 * 5 * 4 * 10),
+    ],
+)
+def test_products_written_as_convolutions(window, labels, shapes, flops):
+    left, right, out = shapes
+    text = f"""ENTRY %main (a: f32[{left}], b: f32[{right}]) -> f32[{out}] {{
+  %a = f32[{left}] parameter(0)
+  %b = f32[{right}] parameter(1)
+  ROOT %c = f32[{out}] convolution(%a, %b), {window}dim_labels={labels}
+}}"""
+    assert summarize(text, 1).flops == flops
+
+
+@pytest.mark.parametrize(
     ("written", "expected"),
     [
         ("replica_groups={{0,1},{2,3}}", [(0, 1), (2, 3)]),

@@ -40,7 +40,7 @@ def _train(args: argparse.Namespace) -> int:
 
     settings = config.trainer.distributed
     place = place_of(args.coordinator, args.process_id, args.process_count, settings.start_timeout)
-    return run(place, settings, lambda world: train(config, world))
+    return run(place, settings, lambda world: train(config, world), _explained)
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -347,10 +347,15 @@ def main(argv: list[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without the letter shows a question mark
     args = _parse(argv)
+    return _explained(lambda: VERBS[args.verb][1](args))
+
+
+def _explained(work: Callable[[], int]) -> int:
+    """The exit status of `work`; what a person can mend is printed as one sentence."""
     from rollout.errors import UserError
 
     try:
-        return VERBS[args.verb][1](args)
+        return work()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -200,8 +200,8 @@ class Several(World):
         try:
             yield
         except BaseException as error:
-            self._told(error)
-            timer = threading.Timer(UNWIND_SECONDS, self.leave, (status_of(error),))
+            said = self._told(error)
+            timer = threading.Timer(UNWIND_SECONDS, self._give_up, (said, status_of(error)))
             timer.daemon = True
             timer.start()
             raise
@@ -212,14 +212,20 @@ class Several(World):
         jax.distributed.shutdown()
         self._link.close()
 
-    def _told(self, error: BaseException) -> None:
-        """Tells the others why this process ends. When it is another that has gone, the link ends this one meanwhile."""
+    def _give_up(self, said: str, status: int) -> None:
+        """Ends a process whose closing waits for others that have gone, before anybody could print why it ends."""
+        os.write(2, f"\nerror: {said}\n".encode(errors="replace"))
+        self.leave(status)
+
+    def _told(self, error: BaseException) -> str:
+        """Tells the others why this process ends, and returns it. When it is another that has gone, the link ends this one meanwhile."""
         if not isinstance(error, UserError | KeyboardInterrupt):
             time.sleep(
                 NOTICE_SECONDS
             )  # a broken collective raises as the link finds out why: its sentence is the better one
         said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         self._link.fault(f"{self.peers[self.index]} has ended: {' '.join(said.split())[:1000]}")
+        return said
 
     def _event(self, event: Event, text: str) -> None:
         if event == "stop":
@@ -243,26 +249,38 @@ class Several(World):
         os._exit(status)
 
 
-def run(place: Place | None, settings: DistributedConfig, work: Callable[[World], int]) -> int:
+def run(
+    place: Place | None,
+    settings: DistributedConfig,
+    work: Callable[[World], int],
+    explained: Callable[[Callable[[], int]], int],
+) -> int:
     """Calls `work` as the process that `place` says (None: the only one). Returns its status.
 
-    Several processes end together: one that fails prints why and tells the others, which name it. Raises UserError as
-    long as they have not met.
+    Several processes end together: one that fails prints why, by way of `explained`, and tells the others, which name it.
+    Raises UserError as long as they have not met.
     """
     if place is None:
         return work(World())
     world = Several(place, settings)
-    try:
+    orderly = False
+
+    def whole() -> int:
+        nonlocal orderly
         with world.ending_together():
             status = work(world)
             world.close()
+        orderly = True
         return status
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        world.leave(status_of(error))
-    except BaseException as error:
+
+    try:
+        status = explained(whole)
+    except BaseException:
         traceback.print_exc()
-        world.leave(status_of(error))
+        status = 1
+    if not orderly:
+        world.leave(status)
+    return status
 
 
 def status_of(error: BaseException) -> int:

@@ -18,10 +18,14 @@ def no_cluster(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+def call(work):
+    return work()
+
+
 def test_without_flags_there_is_one_process_and_no_jax_distributed():
     assert place_of(None, None, None, 1) is None
     worlds = []
-    assert run(None, config_file.load(None, []).trainer.distributed, lambda world: worlds.append(world) or 3) == 3
+    assert run(None, config_file.load(None, []).trainer.distributed, lambda world: worlds.append(world) or 3, call) == 3
     [world] = worlds
     assert (world.index, world.count, world.is_main) == (0, 1, True)
 

@@ -30,7 +30,8 @@ from jax.sharding import PartitionSpec as P
 from rollout.channel import split_address
 from rollout.errors import UserError
 from sqlrl_jax.config import DistributedConfig
-from sqlrl_jax.link import Event, Link, LinkError, Peer, is_loopback, listen, meet
+from sqlrl_jax.link import Event, Link, LinkError, Peer
+from sqlrl_jax.meeting import is_loopback, listen, meet
 from sqlrl_jax.relay import Relay
 
 T = TypeVar("T")
@@ -218,11 +219,11 @@ class Several(World):
         self.leave(status)
 
     def _told(self, error: BaseException) -> str:
-        """Tells the others why this process ends, and returns it. When it is another that has gone, the link ends this one meanwhile."""
+        """Tells the others why this process ends, and returns it. If another has gone, the link ends this one meanwhile."""
         if not isinstance(error, UserError | KeyboardInterrupt):
             time.sleep(
                 NOTICE_SECONDS
-            )  # a broken collective raises as the link finds out why: its sentence is the better one
+            )  # a broken collective raises before the link knows who broke it, and how it ended
         said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         self._link.fault(f"{self.peers[self.index]} has ended: {' '.join(said.split())[:1000]}")
         return said

@@ -24,7 +24,7 @@ from rollout.types import SamplingParams, Task, Trajectory
 from sqlrl_jax.config import Config
 from sqlrl_jax.distributed import World
 from sqlrl_jax.fleet import Fleet
-from sqlrl_jax.link import is_loopback
+from sqlrl_jax.meeting import is_loopback
 from sqlrl_jax.stop import Stopped
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from sqlrl_jax import link as link_module
-from sqlrl_jax.link import Link, LinkError, Peer, meet
+from sqlrl_jax.link import Link, LinkError, Peer
+from sqlrl_jax.meeting import meet
 from sqlrl_jax.relay import Relay
 
 DEADLINE = 20.0

@@ -68,11 +68,11 @@ class Work(NamedTuple):
 WORK = {
     "tiny": Work(
         ModelConfig("qwen2", 1024, 128, 384, 4, 4, 2, 32, tie_word_embeddings=True, attention_bias=True),
-        *(256, 40, 184, 84, 192, 8, (128, 96), 256, (4, 8, 16, 32, 64, 128, 256)),
+        *(256, 40, 184, 84, 216, 7, (168, 72), 256, (4, 8, 16, 32, 64, 128, 256)),
     ),
     "small": Work(
         ModelConfig("qwen2", 16384, 768, 2176, 10, 12, 4, 64, tie_word_embeddings=True, attention_bias=True),
-        *(16, 116, 630, 353, 640, 2, (), 256, (1, 2, 4, 8)),
+        *(16, 116, 630, 353, 648, 1, (), 256, (1, 2, 4, 8)),
     ),
 }
 

@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 # Far below any score, yet finite: a row that is masked everywhere must not turn into NaN.
 MASKED = -1e30
-# Smaller blocks save little more; more of them only make the program longer.
-_MIN_BLOCK, _MAX_BLOCKS = 64, 8
+# Queries in a block, about. Smaller ones save little more; more of them only make the program longer.
+_BLOCK, _MAX_BLOCKS = 64, 8
 
 
 def segment_mask(
@@ -47,7 +47,7 @@ _Saved = tuple[Array, Array, Array, list[Array], list[Array], Array]
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
-    block = max(_MIN_BLOCK, -(-length // _MAX_BLOCKS))
+    block = -(-length // min(max(round(length / _BLOCK), 1), _MAX_BLOCKS))
     return [(start, min(start + block, length)) for start in range(0, length, block)]
 
 

@@ -121,6 +121,11 @@ LAYOUTS = {
         "trainer.policy.remat=none",
     ],
     "an episode a row": ["trainer.policy.row_tokens=42", "trainer.policy.rows_per_micro_batch=12"],
+    "rows of two lengths": [
+        "trainer.policy.row_tokens=64",
+        "trainer.policy.rows_per_micro_batch=2",
+        "trainer.policy.row_buckets=[32]",
+    ],
 }
 
 

@@ -60,7 +60,7 @@ def start(part: str, processes: int, folder: Path) -> list[dict[str, float]]:
         for i in range(processes)
     ]
     try:
-        outs = [process.communicate(timeout=400) for process in started]
+        outs = [process.communicate(timeout=550) for process in started]
     finally:
         for process in started:
             process.kill()
@@ -121,7 +121,11 @@ def main(part: str, processes: int, index: int, port: int, folder: Path) -> dict
     from sqlrl_jax.learner import Learner
     from sqlrl_jax.mesh import make_mesh
 
-    config = settings("trainer.policy.rows_per_micro_batch=4", f"trainer.policy.model.path={folder / 'model'}")
+    config = settings(
+        "trainer.policy.rows_per_micro_batch=4",
+        "trainer.policy.remat=none",
+        f"trainer.policy.model.path={folder / 'model'}",
+    )
     sizes = {k: int(v) for k, v in (text.split("=") for text in MESHES[part].split(","))}
     mesh = make_mesh(configuration.MeshConfig(**sizes))
     model = ModelConfig.from_dir(folder / "model")

@@ -9,6 +9,7 @@ Left out: the logits. They are never needed whole; the head is applied to the tr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -34,6 +35,8 @@ Rope = tuple[Float[Array, "B S h2"], Float[Array, "B S h2"]]
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 _FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+# Numbers of a matrix that is joined at most: larger ones fill the cores alone, and the backward pass keeps what is joined.
+_FUSED_SIZE = 2**19
 
 
 @dataclass(frozen=True)
@@ -136,11 +139,12 @@ def finish_block(
 
 
 def fuse_layer(layer: Params) -> Params:
-    """One layer (or a stack) with q, k, v joined into `qkv` and gate, up into `gate_up`, unless one of them has an adapter;
-    the blocks take both forms."""
+    """One layer (or a stack) with q, k, v joined into `qkv` and gate, up into `gate_up`, unless one of them has an adapter
+    or they are large; the blocks take both forms."""
     out = dict(layer)
     for joined, parts in _FUSED.items():
-        if any(f"{part}_a" in layer for part in parts):
+        size = sum(math.prod(layer[part].shape[-2:]) for part in parts)
+        if size > _FUSED_SIZE or any(f"{part}_a" in layer for part in parts):
             continue
         for suffix in ("", "_bias"):
             if f"{parts[0]}{suffix}" in layer:
@@ -170,7 +174,8 @@ def run_layers(
         layer, slot = inputs
         layer = gather_layer(specs, layer, compute.mesh, compute.dtype)
         layer = fuse_layer(layer) if compute.fuse else layer
-        attended, slot = attend(*(checkpoint_name(part, KEPT) for part in project_qkv(config, layer, x, rope)), slot)
+        q, k, v = (checkpoint_name(part, KEPT) for part in project_qkv(config, layer, x, rope))
+        attended, slot = attend(q, k, v, slot)
         out = finish_block(config, layer, x, attended)
         return constrain(out, compute.mesh, ("batch", "sequence", None)), slot
 

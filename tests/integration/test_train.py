@@ -5,6 +5,7 @@ One uninterrupted run is the reference; every run that was disturbed must end wi
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -94,10 +95,15 @@ def outcome(run_dir: Path) -> tuple[list[dict], list[dict]]:
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory, demo) -> Path:
     run_dir = tmp_path_factory.mktemp("reference") / "run"
-    output = finish(start(run_dir, demo))
+    output = finish(start(run_dir, demo, f"trainer.hf_save_interval={STEPS - 1}"))
     assert "before (step 0)" in output
     assert f"after (step {STEPS})" in output
     assert "1 of 65 training questions left out: 1 missing database" in output
+    best = re.search(r"checkpoints/best:\s+step\s+(\d+),\s+accuracy", output)
+    assert best is not None
+    assert int(best[1]) == STEPS  # the only one that was evaluated and saved
+    assert [p.name for p in (run_dir / "exports").iterdir()] == [f"step_{STEPS - 1}"]
+    assert (run_dir / "exports" / f"step_{STEPS - 1}" / "tokenizer.json").exists()
     return run_dir
 
 

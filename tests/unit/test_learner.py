@@ -15,6 +15,7 @@ from shared_programs import shared_programs
 from rollout.types import Trajectory
 from sqlrl_jax import config as configuration
 from sqlrl_jax import config_file
+from sqlrl_jax.data.packing import samples_of
 from sqlrl_jax.learner import Learner
 from sqlrl_jax.mesh import make_mesh
 from sqlrl_jax.model.config import ModelConfig
@@ -193,6 +194,18 @@ def test_nothing_compiles_after_the_first_step() -> None:
     jax.jit(lambda x: x + len(counts))(np.float32(0))  # the counter hears of every program
     batch = episodes()
     assert subject.update(batch, advantages(batch))["policy/compiles"] > counts[-1]
+
+
+def test_rows_of_two_lengths_make_the_same_step_and_compile_once_each() -> None:
+    subject, batch = learner("trainer.policy.row_buckets=[24]"), episodes(samples=8, seed=1)
+    packed = subject._pack(samples_of(batch, advantages(batch), "token_mean"))
+    assert {arrays["tokens"].shape[1] for arrays in packed.micro_batches} == {24, 48}
+    want = learner().update(batch, advantages(batch))
+    first = subject.update(batch, advantages(batch))
+    for key in ("policy/loss", "policy/grad_norm", "policy/entropy"):
+        assert first[key] == pytest.approx(want[key], rel=1e-4, abs=1e-6)
+    counts = [subject.update(part, advantages(part))["policy/compiles"] for part in (batch[:12], batch)]
+    assert counts == [first["policy/compiles"]] * 2
 
 
 def test_minibatches_are_whole_questions_and_epochs_repeat_them() -> None:

@@ -32,7 +32,7 @@ class Counter:
         self.programs = 0
         jax.monitoring.register_event_duration_secs_listener(self._heard)
 
-    def _heard(self, event: str, _: float, **__: Any) -> None:
+    def _heard(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         self.programs += event == "/jax/core/compile/backend_compile_duration"
 
 

@@ -103,7 +103,8 @@ class Runtime:
 
     def result(self, future: Future[_T], what: str, timeout: float) -> _T:
         """Waits for something submitted. Raises EngineError when SGLang has died or takes longer."""
-        done, _ = wait({future, self._dead}, timeout, return_when=FIRST_COMPLETED)
+        either: list[Future[Any]] = [future, self._dead]
+        done, _ = wait(either, timeout, return_when=FIRST_COMPLETED)
         if future in done:
             return future.result()
         future.cancel()

@@ -10,7 +10,7 @@ Left out: the logits. They are never needed whole; the head is applied to the tr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -95,12 +95,19 @@ def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float) ->
     return (normed * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-def linear(layer: Params, name: str, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-    """x @ W, plus the low-rank adapter's (x @ A) @ B where the layer has one (see lora.py)."""
-    out = product(x, layer[name].astype(x.dtype))
-    if f"{name}_a" not in layer:
-        return out
-    return out + product(product(x, layer[f"{name}_a"].astype(x.dtype)), layer[f"{name}_b"].astype(x.dtype))
+def linear(layer: Params, names: Sequence[str], x: Float[Array, "... I"]) -> list[Float[Array, "... O"]]:
+    """x @ W of each named matrix, plus the low-rank adapter's (x @ A) @ B where it has one (see lora.py).
+
+    Adapters come first: the backward pass then adds up the gradients of x from the matrices themselves without a break,
+    which over tensor shards are one all-reduce instead of one for each.
+    """
+    adapted = {
+        name: product(product(x, layer[f"{name}_a"].astype(x.dtype)), layer[f"{name}_b"].astype(x.dtype))
+        for name in names
+        if f"{name}_a" in layer
+    }
+    out = [product(x, layer[name].astype(x.dtype)) for name in names]
+    return [part + adapted[name] if name in adapted else part for name, part in zip(names, out, strict=True)]
 
 
 def project_qkv(
@@ -109,15 +116,13 @@ def project_qkv(
     """Queries and keys (normed and rotated) and values of one layer, from the residual stream."""
     normed = rms_norm(x, layer["attention_norm"], config.rms_norm_eps)
 
-    def project(name: str) -> jax.Array:
-        out = linear(layer, name, normed)
-        return out + layer[f"{name}_bias"].astype(x.dtype) if config.attention_bias else out
-
+    names = ("qkv",) if "qkv" in layer else ("q", "k", "v")
+    parts = linear(layer, names, normed)
+    if config.attention_bias:
+        parts = [part + layer[f"{name}_bias"].astype(x.dtype) for name, part in zip(names, parts, strict=True)]
     if "qkv" in layer:
         ends = np.cumsum([config.num_attention_heads, config.num_key_value_heads]) * config.head_dim
-        parts = jnp.split(project("qkv"), ends, axis=-1)
-    else:
-        parts = [project(name) for name in ("q", "k", "v")]
+        parts = jnp.split(parts[0], ends, axis=-1)
     q, k, v = (part.reshape(*x.shape[:-1], -1, config.head_dim) for part in parts)
     if config.qk_norm:
         q = rms_norm(q, layer["q_norm"], config.rms_norm_eps)
@@ -129,13 +134,14 @@ def finish_block(
     config: ModelConfig, layer: Params, x: Float[Array, "B S D"], attended: Float[Array, "B S H h"]
 ) -> Float[Array, "B S D"]:
     """The rest of a layer after attention: output projection, then the SwiGLU MLP, each added to the residual."""
-    x = checkpoint_name(x + linear(layer, "o", attended.reshape(*x.shape[:-1], -1)), KEPT)
+    (mixed,) = linear(layer, ("o",), attended.reshape(*x.shape[:-1], -1))
+    x = checkpoint_name(x + mixed, KEPT)
     normed = rms_norm(x, layer["mlp_norm"], config.rms_norm_eps)
     if "gate_up" in layer:
-        gate, up = jnp.split(linear(layer, "gate_up", normed), 2, axis=-1)
+        gate, up = jnp.split(linear(layer, ("gate_up",), normed)[0], 2, axis=-1)
     else:
-        gate, up = linear(layer, "gate", normed), linear(layer, "up", normed)
-    return x + linear(layer, "down", jax.nn.silu(gate) * up)
+        gate, up = linear(layer, ("gate", "up"), normed)
+    return x + linear(layer, ("down",), jax.nn.silu(gate) * up)[0]
 
 
 def fuse_layer(layer: Params) -> Params:

@@ -80,8 +80,8 @@ class PolicyConfig(Section):
     rows_per_micro_batch: int = Field(1, ge=1)
     """Packed rows in one forward and backward pass; gradients are summed over the passes of a minibatch."""
     row_buckets: tuple[int, ...] = ()
-    """Shorter lengths that packed rows may have besides, such as [16384, 8192], as many rows more to a pass: less attention
-    where episodes are short, one more program to compile for each."""
+    """Lengths below row_tokens that packed rows may have besides, such as [16384, 8192], as many rows more to a pass: less
+    attention where episodes are short, one more program to compile for each."""
     logprob_chunk: int = Field(1024, ge=16)
     """Trained tokens whose logits exist at one time."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -95,6 +95,11 @@ class PolicyConfig(Section):
     them (four times the memory) and recomputes the MLP; none keeps all."""
     offload_optimizer: bool = False
     """Keep the optimizer's moments in the host's memory while gradients are computed."""
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """The row_buckets that are shorter than a row, which may have been made shorter than the file says."""
+        return tuple(length for length in self.row_buckets if length < self.row_tokens)
 
 
 class RefModelConfig(Section):

@@ -211,7 +211,7 @@ class Learner:
             rows_per_micro_batch=policy.rows_per_micro_batch,
             slot_multiple=policy.logprob_chunk,
             shards=self._stepper.program.shards,
-            buckets=policy.row_buckets,
+            buckets=policy.buckets,
         )
 
     def _minibatches(self, trajectories: Sequence[Trajectory], advantages: Advantages) -> list[PackedBatch]:

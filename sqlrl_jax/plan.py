@@ -30,7 +30,7 @@ def plan_rows(
         state += parameters * width[kept] / shards
         what = f"{describe(policy.model.lora)}: {trained / 1e6:,.2f}M numbers, {policy.param_dtype}"
         adapters = [("training", f"{what}; the model itself stays as it is")]
-    services = ", ".join(generator.services) or "one, started here"
+    services = ", ".join(generator.services) or "one for each process, started here"
     sampling = generator.sampling_params
     return [
         ("model", f"{policy.model.path}, {parameters / 1e6:,.2f}M parameters, {kept}"),

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from sqlrl_jax.config import PolicyConfig
-from sqlrl_jax.data.packing import Arrays, PackedBatch, batch_shapes
+from sqlrl_jax.data.packing import Arrays, PackedBatch, batch_shapes, check_rows
 from sqlrl_jax.mesh import RULES, batch_sharding, in_host_memory, replicated
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.decoder import Compute, forward, unembedding
@@ -69,6 +69,7 @@ class Program:
     ) -> None:
         self.policy, self.model_config, self.mesh = policy, model_config, mesh
         self.shards = int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))
+        check_rows(policy.row_tokens, policy.rows_per_micro_batch, self.shards, policy.buckets, mesh.shape["sequence"])
         self._objective, self._temperature = objective, temperature
         self._compute = Compute(policy.compute_dtype, policy.scan_layers, policy.remat, mesh)
         lora = policy.model.lora

@@ -253,7 +253,7 @@ def pack(
     rows may have, as many rows more to a micro-batch. `rows` are the samples of each row where the caller has assigned
     them. Raises ValueError naming the sample when one is longer than a row.
     """
-    _check_shape(row_tokens, rows_per_micro_batch, shards, buckets)
+    check_rows(row_tokens, rows_per_micro_batch, shards, buckets)
     for sample in samples:
         if len(sample.tokens) > row_tokens:
             raise ValueError(
@@ -282,7 +282,9 @@ def pack(
     )
 
 
-def _check_shape(row_tokens: int, rows: int, shards: int, buckets: Sequence[int]) -> None:
+def check_rows(row_tokens: int, rows: int, shards: int, buckets: Sequence[int], sequence: int = 1) -> None:
+    """Raises ConfigError where rows of these lengths cannot be dealt evenly to `shards` parts of a batch, or a row's tokens
+    to the `sequence` devices that share it."""
     parts = f"the {shards} parts the mesh splits a batch into (data x fsdp)"
     if rows % shards:
         raise ConfigError(f"trainer.policy.rows_per_micro_batch {rows} must be a multiple of {parts}")
@@ -292,6 +294,9 @@ def _check_shape(row_tokens: int, rows: int, shards: int, buckets: Sequence[int]
                 f"trainer.policy.row_buckets: {length} must be less than row_tokens {row_tokens} and divide the tokens of "
                 f"a micro-batch, {rows} x {row_tokens}, into a number of rows that is a multiple of {parts}"
             )
+    for name, length in [("row_tokens", row_tokens), *(("row_buckets", length) for length in buckets)]:
+        if length % sequence:
+            raise ConfigError(f"trainer.policy.{name}: {length} must be a multiple of trainer.mesh.sequence {sequence}")
 
 
 def batch_shapes(

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import resource
 import statistics
 import subprocess
@@ -47,6 +48,7 @@ from sqlrl_jax.model.hf import to_hf_tensors  # noqa: E402
 from sqlrl_jax.model.params import param_specs, parameter_count  # noqa: E402
 
 OURS = "sqlrl_jax, packed rows"
+SPLIT = "sqlrl_jax, the same, each core a device"
 PADDED = "eager PyTorch, padded (TRL's layout)"
 SORTED = "eager PyTorch, sorted by length"
 LIMIT = "limit at the matmul rate"
@@ -183,7 +185,9 @@ def serve(name: str, work: Work, size: int, overrides: list[str]) -> None:
     if name == LIMIT:
         update = limit_update(work)
     else:
-        update = learner_update(work, overrides) if name == OURS else torch_update(work, name == SORTED, size)
+        update = (
+            torch_update(work, name == SORTED, size) if name in (PADDED, SORTED) else learner_update(work, overrides)
+        )
     for _ in sys.stdin:
         started, cpu = time.perf_counter(), time.process_time()
         loss, norm = update()
@@ -197,7 +201,10 @@ class Contender:
 
     def __init__(self, name: str, arguments: list[str]) -> None:
         command = [sys.executable, __file__, "--serve", name, *arguments]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        environment = os.environ | ({"JAX_NUM_CPU_DEVICES": "2"} if name == SPLIT else {})
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
 
     def update(self) -> dict[str, float]:
         assert self.process.stdin is not None
@@ -205,6 +212,11 @@ class Contender:
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline() or sys.exit("a contender's process died"))
+
+
+def split(work: Work) -> list[str]:
+    """Settings with which two devices share the rows: XLA then runs small operations on both cores too."""
+    return ["trainer.mesh.data=2", "trainer.mesh.fsdp=1", f"trainer.policy.rows_per_micro_batch={2 * work.rows}"]
 
 
 def fastest_size(name: str, work: str) -> int:
@@ -225,7 +237,7 @@ def main() -> int:
     parser.add_argument("--work", choices=WORK, default="tiny")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sizes", type=int, nargs=2, metavar=("PADDED", "SORTED"), help="PyTorch's micro-batches")
-    parser.add_argument("--serve", choices=(OURS, PADDED, SORTED, LIMIT), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=(OURS, SPLIT, PADDED, SORTED, LIMIT), help=argparse.SUPPRESS)
     parser.add_argument("--size", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("settings", nargs="*", help="key=value settings of the learner to try")
     args = parser.parse_args()
@@ -238,8 +250,8 @@ def main() -> int:
     layouts = (PADDED, SORTED)
     sizes = dict(zip(layouts, args.sizes or [fastest_size(name, args.work) for name in layouts], strict=True))
     contenders = {
-        name: Contender(name, ["--work", args.work, "--size", str(sizes.get(name, 0)), *args.settings])
-        for name in (OURS, PADDED, SORTED, LIMIT)
+        name: Contender(name, ["--work", args.work, "--size", str(sizes.get(name, 0)), *args.settings, *more])
+        for name, more in ((OURS, ()), (SPLIT, split(work)), (PADDED, ()), (SORTED, ()), (LIMIT, ()))
     }
     first = {name: contender.update() for name, contender in contenders.items()}
     for name, got in first.items():

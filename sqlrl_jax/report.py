@@ -305,9 +305,11 @@ def _optimizer_charts(run: RunData) -> list[Chart]:
 
 
 def _time_charts(run: RunData) -> list[Chart]:
-    names = ("rollout", "update", "push", "log")
-    parts = [curve(run.train, f"timing/{part}", part, part) for part in names]
-    rest = [value_of(e, "timing/step") - sum(value_of(e, f"timing/{p}", 0.0) for p in names) for e in run.train]
+    parts = [curve(run.train, f"timing/{part}", part, part) for part in ("rollout", "update", "push")]
+    rest = [
+        value_of(e, "timing/step") - sum(value_of(e, f"timing/{p}", 0.0) for p in ("rollout", "update", "push"))
+        for e in run.train
+    ]
     parts.append(Series("other", parts[0].x, [max(0.0, value) for value in rest], "rest"))
     speed = [curve(run.train, "generate/tokens_per_second", "tokens/s", "training")]
     caption = "Wall time of each training step by what it was spent on."

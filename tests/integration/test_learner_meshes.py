@@ -3,22 +3,18 @@ devices."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
+from own_process import printed_by
 
 from sqlrl_jax import config as configuration
 from sqlrl_jax.learner import Learner
 from sqlrl_jax.mesh import make_mesh
 
-UNIT = Path(__file__).parents[1] / "unit"
 PLAIN = ()
 BY_EPISODE = (  # what sums over whole episodes
     "trainer.algorithm.policy_loss_type=gspo",
@@ -37,18 +33,7 @@ LEARNING_RATE = 0.001
 
 @pytest.mark.timeout(580)
 def test_any_mesh_gives_the_step_of_one_device() -> None:
-    """In a process of its own: the number of emulated devices is fixed before jax starts."""
-    paths = [str(UNIT.parents[1]), str(UNIT), str(Path(__file__).parent)]
-    done = subprocess.run(
-        [sys.executable, "-c", "import test_learner_meshes as m; m.compare_meshes()"],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        timeout=560,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("agrees") == len(RUNS)
+    assert printed_by("test_learner_meshes", "compare_meshes").count("agrees") == len(RUNS)
 
 
 def compare_meshes() -> None:

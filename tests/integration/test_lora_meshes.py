@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from own_process import printed_by
 
 from sqlrl_jax import config as configuration
 from sqlrl_jax.learner import Learner
 from sqlrl_jax.mesh import make_mesh
 
-UNIT = Path(__file__).parents[1] / "unit"
 MESHES = ["data=2,fsdp=2,tensor=2", "fsdp=2,sequence=4"]
 
 
 @pytest.mark.timeout(580)
 def test_any_mesh_gives_the_step_of_one_device() -> None:
-    """In a process of its own: the number of emulated devices is fixed before jax starts."""
-    paths = [str(UNIT.parents[1]), str(UNIT), str(Path(__file__).parent)]
-    done = subprocess.run(
-        [sys.executable, "-c", "import test_lora_meshes as m; m.compare_meshes()"],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        timeout=560,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("agrees") == len(MESHES)
+    assert printed_by("test_lora_meshes", "compare_meshes").count("agrees") == len(MESHES)
 
 
 def compare_meshes() -> None:

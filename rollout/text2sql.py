@@ -18,6 +18,7 @@ from rollout.sql.budget import TokenBudget
 from rollout.sql.executor import Executor, Result
 from rollout.sql.judge import Judge, Suites
 from rollout.sql.observation import escape
+from rollout.sql.syntax import reads_a_table
 from rollout.types import Message, Task, Turn
 from sqlrl_jax.config import Config, Text2SQLConfig
 
@@ -55,8 +56,9 @@ class Text2SQL(Environment):
     Task fields: db_id, question, gold_sql; optional `db_root` (the database's folder below the configured root), evidence,
     `schema` (text instead of the described one), `prompt` (messages instead of ours), `max_turns`, and `gold_results`
     (published results, which then grade instead of `gold_sql`; rollout.sql.gold_results). The reward is 1.0 for a solution
-    that is right by `environment.text2sql.grading`, otherwise 0.0; an episode without a usable solution is malformed and
-    gets `malformed_reward`. Whether the model thought before it acted counts only with `require_think`.
+    that is right by `environment.text2sql.grading`, `partial_reward` for a wrong one that found rows in a table, otherwise
+    0.0; an episode without a usable solution is malformed and gets `malformed_reward`. Whether the model thought before it
+    acted counts only with `require_think`.
     """
 
     shared: SharedSQL
@@ -132,7 +134,7 @@ class Text2SQL(Environment):
         if predicted.status != "ok":
             record.observation = escape(predicted.error)
         outcome = self._outcome(request.sql, predicted)
-        reward = 1.0 if outcome == "correct" else 0.0
+        reward = 1.0 if outcome == "correct" else self._partial(request.sql, predicted)
         return StepResult(reward=reward, done=True, outcome=outcome, turn=record, metrics=dict(self._metrics))
 
     def _outcome(self, sql: str, predicted: Result) -> str:
@@ -147,6 +149,11 @@ class Text2SQL(Environment):
         if right:
             return "correct"
         return {"ok": "wrong", "timeout": "timeout"}.get(predicted.status, "sql_error")
+
+    def _partial(self, sql: str, predicted: Result) -> float:
+        """What an answer that is not right earns. `SELECT 1` returns a row of any database, so a table must be read."""
+        found = predicted.status == "ok" and bool(predicted.rows) and reads_a_table(sql)
+        return self.config.environment.text2sql.partial_reward if found else 0.0
 
     def _count(self, result: Result) -> None:
         name = f"sql/{result.status}"

@@ -277,6 +277,8 @@ class Text2SQLConfig(Section):
     """Megabytes of results remembered, by exact SQL and content of the database; 0 runs every query."""
     malformed_reward: float = Field(0.0, ge=-1, le=0)
     """Reward of an episode without a well-formed answer; the reference's reward scheme uses -1."""
+    partial_reward: float = Field(0.0, ge=0, lt=1)
+    """Reward of a wrong answer that ran, read a table and returned rows; 0.1 suits. Accuracy counts right answers alone."""
     require_think: bool = False
     """An answer is well-formed only with a thought somewhere, one first after each observation, and a single solution."""
     grading: Grading = "rows"
@@ -355,6 +357,17 @@ class Config(Section):
             raise ValueError(
                 "trainer.algorithm.advantage_estimator maxrl divides by the mean reward and needs none below 0: "
                 "set environment.text2sql.malformed_reward to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _right_answers_earn_most(self) -> Config:
+        turns, partial = self.generator.max_turns, self.environment.text2sql.partial_reward
+        least = 1 - self.trainer.algorithm.turn_penalty * (turns - 1)
+        if self.trainer.algorithm.turn_penalty and least <= partial:
+            raise ValueError(
+                f"trainer.algorithm.turn_penalty = {self.trainer.algorithm.turn_penalty:g} leaves {least:g} of a right "
+                f"answer's reward after generator.max_turns = {turns}, no more than a wrong one's {partial:g}: lower it"
             )
         return self
 

@@ -157,6 +157,8 @@ class AlgorithmConfig(Section):
     kl_estimator_type: Literal["k1", "k2", "k3", "abs"] = "k3"
     """With d = log pi - log pi_ref: d, d^2/2, exp(-d) - 1 + d, or |d|."""
     overlong_buffer: OverlongBufferConfig = OverlongBufferConfig()
+    turn_penalty: float = Field(0.0, ge=0, lt=1)
+    """What a right answer loses for each turn after the first; 0.02 suits. Wrong answers lose nothing."""
     zero_variance_filter: bool = True
     """Leave questions whose advantages are all zero (group baselines: whose rewards are all equal) out of the update."""
 

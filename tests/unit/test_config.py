@@ -43,6 +43,7 @@ def test_saved_configuration_loads_to_an_equal_one(tmp_path):
             "trainer.algorithm={advantage_estimator: maxrl, overlong_buffer: {len: 9}}",
             "maxrl divides by the mean reward and needs none below 0",
         ),
+        ("trainer.algorithm.turn_penalty=0.3", "leaves -0.2 of a right answer's reward after generator.max_turns = 5"),
         ("trainer.train_batch_size=10", "policy_mini_batch_size 256 must divide train_batch_size 10"),
         ("trainer.mesh.data=0", "trainer.mesh: sizes are at least 1"),
         ("trainer=3", "'trainer' is a section"),

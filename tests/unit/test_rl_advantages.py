@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollout.errors import UserError
-from rollout.types import Trajectory
+from rollout.types import Trajectory, Turn
 from sqlrl_jax import config_file
 from sqlrl_jax.config_algorithm import ADVANTAGE_ESTIMATORS, AlgorithmConfig
 from sqlrl_jax.rl.advantages import (
@@ -175,6 +176,14 @@ def test_overlong_penalty_falls_linearly_over_the_buffer(tokens: int, buffer: in
         assert got == -factor
     else:
         assert got == pytest.approx(factor * ((100 - buffer) - tokens) / buffer)
+
+
+@given(st.integers(0, 6), st.sampled_from(["correct", "wrong", "malformed"]), st.sampled_from([0.0, 0.02, 0.1]))
+def test_turns_after_the_first_cost_right_answers_alone(turns: int, outcome: str, penalty: float) -> None:
+    played = replace(episode("solution", 50, 1.0), outcome=outcome, turns=[Turn("") for _ in range(turns)])
+    config = config_file.load(None, [f"trainer.algorithm.turn_penalty={penalty}"])
+    lost = penalty * (turns - 1) if outcome == "correct" and turns > 1 else 0.0
+    assert final_rewards([played], config)[0] == pytest.approx(1.0 - lost)
 
 
 def test_final_rewards() -> None:

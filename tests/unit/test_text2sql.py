@@ -205,6 +205,26 @@ def test_the_format_is_checked_if_asked(root: Path, actions_of_episode: list[str
 
 
 @pytest.mark.parametrize(
+    ("sql", "outcome", "reward"),
+    [
+        (GOLD, "correct", 1.0),
+        ("SELECT name, age FROM p", "wrong", 0.1),
+        ("SELECT name, age FROM p WHERE age > 99", "wrong", 0.0),  # no rows
+        ("SELECT 1", "wrong", 0.0),  # rows, of no table
+        ("WITH c AS (SELECT 1) SELECT * FROM c", "wrong", 0.0),
+        ("SELECT name FROM nowhere", "sql_error", 0.0),
+        ("DELETE FROM p", "sql_error", 0.0),
+        ("", "malformed", 0.0),
+    ],
+)
+def test_a_wrong_answer_that_found_rows_may_earn_a_part(root: Path, sql: str, outcome: str, reward: float) -> None:
+    with make_environment_factory(make_config(root, partial_reward=0.1)) as factory:
+        environment = start(factory)
+        step = environment.step(f"<solution>{sql}</solution>", 4)
+        assert (step.outcome, step.reward) == (outcome, reward)
+
+
+@pytest.mark.parametrize(
     ("text", "form"),
     [
         ("", actions.Form(False, False, 0)),

@@ -20,6 +20,7 @@ from rollout import bridge_pb2 as pb
 from rollout import wire
 from rollout.channel import grpc
 from rollout.ledger import Ledger
+from rollout.placement import Load, deal
 from rollout.stub import BridgeError, Stub, explain
 from rollout.types import SamplingParams, Task, Trajectory
 
@@ -178,9 +179,11 @@ class _Batch:
 
     def run(self) -> list[Trajectory]:
         tasks = list(self._ledger.tasks.values())
-        players = self._client.players
-        for turn, place in enumerate(players):
-            self._ask(place, tasks[turn :: len(players)])
+        placed = deal(
+            [(task.id, self._ledger.n_samples) for task in tasks], dict.fromkeys(self._client.players, Load())
+        )
+        for place in self._client.players:
+            self._ask(place, [task for task in tasks if placed[task.id] == place])
         checked = time.monotonic()
         while self._streams:
             try:

@@ -64,7 +64,7 @@ class SamplingParams(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., max_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RolloutRequest(_message.Message):
-    __slots__ = ("request_id", "weights", "tasks", "n_samples", "sampling", "seed", "max_turns")
+    __slots__ = ("request_id", "weights", "tasks", "n_samples", "sampling", "seed", "max_turns", "or_later")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     TASKS_FIELD_NUMBER: _ClassVar[int]
@@ -72,6 +72,7 @@ class RolloutRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     MAX_TURNS_FIELD_NUMBER: _ClassVar[int]
+    OR_LATER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     weights: WeightsKey
     tasks: _containers.RepeatedCompositeFieldContainer[Task]
@@ -79,7 +80,8 @@ class RolloutRequest(_message.Message):
     sampling: SamplingParams
     seed: int
     max_turns: int
-    def __init__(self, request_id: _Optional[str] = ..., weights: _Optional[_Union[WeightsKey, _Mapping]] = ..., tasks: _Optional[_Iterable[_Union[Task, _Mapping]]] = ..., n_samples: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., seed: _Optional[int] = ..., max_turns: _Optional[int] = ...) -> None: ...
+    or_later: bool
+    def __init__(self, request_id: _Optional[str] = ..., weights: _Optional[_Union[WeightsKey, _Mapping]] = ..., tasks: _Optional[_Iterable[_Union[Task, _Mapping]]] = ..., n_samples: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., seed: _Optional[int] = ..., max_turns: _Optional[int] = ..., or_later: _Optional[bool] = ...) -> None: ...
 
 class RolloutEvent(_message.Message):
     __slots__ = ("trajectory", "progress", "finished")

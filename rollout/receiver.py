@@ -269,13 +269,15 @@ class Receiver:
             raise Refused(f"{key} is being applied and cannot be aborted any more")
         self._drop()
 
-    def require_live(self, run: str, epoch: int, version: int) -> Key:
-        """The weights that generate now, if they are the ones asked for; an empty `run` takes any owner's. Raises Refused."""
+    def require_live(self, run: str, epoch: int, version: int, or_later: bool = False) -> Key:
+        """The weights that generate now, if they are the ones asked for, or with `or_later` the same learner's of a later
+        version; an empty `run` takes any owner's. Raises Refused."""
         state = self.state
         if self.live is None:
             why = self.quarantine or f"the state is {state.name}"
             raise Refused(f"weight version {version} is not live: the service has no weights now ({why}); push them")
-        if self.live.version != version or (run and (self.live.run, self.live.epoch) != (run, epoch)):
+        fits = self.live.version >= version if or_later else self.live.version == version
+        if not fits or (run and (self.live.run, self.live.epoch) != (run, epoch)):
             wanted = Key(run, epoch, version) if run else f"version {version}"
             raise Refused(f"{wanted} is not live: this service generates with {self.live}; push the weights first")
         return self.live

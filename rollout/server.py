@@ -141,7 +141,7 @@ class RolloutService:
             raise wire.WireError("rollout: at least one task, n_samples of 1 and max_turns of 1 are needed")
         weights = _key(request.weights)
         async with self._applying:
-            self._receiver.require_live(weights.run, weights.epoch, weights.version)
+            self._receiver.require_live(weights.run, weights.epoch, weights.version, request.or_later)
             batch = self._play(tasks, request.n_samples, sampling, request.seed, request.max_turns, on_trajectory)
             job: asyncio.Task[object] = asyncio.ensure_future(batch)
             self._jobs[job] = weights.run

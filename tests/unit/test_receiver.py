@@ -96,6 +96,16 @@ def test_require_live_names_what_is_live():
             receiver.require_live(run, epoch, version)
 
 
+def test_or_later_takes_later_weights_of_the_same_learner_alone():
+    receiver, _ = make()
+    go_live(receiver)
+    for version in (KEY.version, KEY.version - 1):
+        assert receiver.require_live(KEY.run, KEY.epoch, version, or_later=True) == KEY
+    for run, epoch, version in ((KEY.run, KEY.epoch, KEY.version + 1), (KEY.run, KEY.epoch - 1, 0), ("other", 1, 0)):
+        with pytest.raises(Refused, match="not live"):
+            receiver.require_live(run, epoch, version, or_later=True)
+
+
 def test_repeated_calls_change_nothing():
     receiver, _ = make()
     data = stage(receiver)

@@ -4,6 +4,7 @@ A plain Qwen2-type decoder over a dictionary of Hugging Face tensors, PPO's clip
 in float32. Two layouts. "padded" is TRL's: sequences in the order they come, padded to the longest of the batch, the head
 on every completion column. "sorted" is the best of eager PyTorch: sorted by length, each micro-batch padded to its own
 longest, the head on trained tokens only. Both pad on the right, so causal attention needs no mask (cheaper than TRL's own).
+`mixed` is what suits a GPU: bfloat16 autocast, and layers recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from sqlrl_jax.data.packing import Sample
 from sqlrl_jax.model.config import ModelConfig
@@ -21,15 +23,24 @@ from sqlrl_jax.model.config import ModelConfig
 class TorchUpdate:
     """Parameters, optimizer and one update over samples in micro-batches of `size` sequences."""
 
-    def __init__(self, tensors: Mapping[str, np.ndarray], config: ModelConfig, *, size: int, by_length: bool) -> None:
-        self.config, self.size, self.by_length = config, size, by_length
-        self.weights = {n: torch.nn.Parameter(torch.from_numpy(np.array(t))) for n, t in tensors.items()}
+    def __init__(
+        self,
+        tensors: Mapping[str, np.ndarray],
+        config: ModelConfig,
+        *,
+        size: int,
+        by_length: bool,
+        device: str = "cpu",
+        mixed: bool = False,
+    ) -> None:
+        self.config, self.size, self.by_length, self.device, self.mixed = config, size, by_length, device, mixed
+        self.weights = {n: torch.nn.Parameter(torch.from_numpy(np.array(t)).to(device)) for n, t in tensors.items()}
         matrices = [p for p in self.weights.values() if p.ndim == 2]
         vectors = [p for p in self.weights.values() if p.ndim == 1]
         groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=3e-4, fused=True)
         half = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-        self.frequencies = config.rope_theta**-half
+        self.frequencies = (config.rope_theta**-half).to(device)
 
     def update(self, samples: Sequence[Sample]) -> tuple[float, float]:
         """One optimizer step on all samples. Returns the mean loss over trained tokens and the gradient norm."""
@@ -41,7 +52,8 @@ class TorchUpdate:
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for start in range(0, len(order), self.size):
-            loss = self._loss([samples[i] for i in order[start : start + self.size]], longest) / count
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.mixed):
+                loss = self._loss([samples[i] for i in order[start : start + self.size]], longest) / count
             loss.backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
@@ -53,9 +65,10 @@ class TorchUpdate:
 
         def padded(name: str, dtype: torch.dtype) -> torch.Tensor:
             rows = [np.pad(getattr(s, name), (0, width - len(s.tokens))) for s in samples]
-            return torch.from_numpy(np.stack(rows)).to(dtype)[:, 1:]
+            return torch.from_numpy(np.stack(rows)).to(self.device, dtype)[:, 1:]
 
-        tokens = torch.from_numpy(np.stack([np.pad(s.tokens, (0, width - len(s.tokens))) for s in samples])).long()
+        rows = np.stack([np.pad(s.tokens, (0, width - len(s.tokens))) for s in samples])
+        tokens = torch.from_numpy(rows).to(self.device).long()
         trained, old, advantage = (
             padded(n, d)
             for n, d in (("trained", torch.bool), ("rollout_logprobs", torch.float32), ("advantages", torch.float32))
@@ -76,21 +89,20 @@ class TorchUpdate:
 
     def _hidden(self, tokens: torch.Tensor) -> torch.Tensor:
         c, w = self.config, self.weights
-        angles = torch.arange(tokens.shape[1])[:, None] * self.frequencies
+        angles = torch.arange(tokens.shape[1], device=self.device)[:, None] * self.frequencies
         cos, sin = torch.cat([angles.cos()] * 2, -1), torch.cat([angles.sin()] * 2, -1)
 
         def norm(x: torch.Tensor, name: str) -> torch.Tensor:
-            return F.rms_norm(x, (c.hidden_size,), w[name], c.rms_norm_eps)
+            return F.rms_norm(x, (c.hidden_size,), w[name].to(x.dtype), c.rms_norm_eps)
 
         def heads(x: torch.Tensor, name: str, count: int, rotate: bool) -> torch.Tensor:
             out = F.linear(x, w[name + ".weight"], w[name + ".bias"]).unflatten(-1, (count, c.head_dim)).transpose(1, 2)
             if not rotate:
                 return out
             first, second = out.chunk(2, -1)
-            return out * cos + torch.cat([-second, first], -1) * sin
+            return out * cos.to(out.dtype) + torch.cat([-second, first], -1) * sin.to(out.dtype)
 
-        x = F.embedding(tokens, w["model.embed_tokens.weight"])
-        for i in range(c.num_hidden_layers):
+        def block(x: torch.Tensor, i: int) -> torch.Tensor:
             p = f"model.layers.{i}."
             y = norm(x, p + "input_layernorm.weight")
             q = heads(y, p + "self_attn.q_proj", c.num_attention_heads, True)
@@ -100,5 +112,11 @@ class TorchUpdate:
             x = x + F.linear(out.transpose(1, 2).flatten(2), w[p + "self_attn.o_proj.weight"])
             y = norm(x, p + "post_attention_layernorm.weight")
             gated = F.silu(F.linear(y, w[p + "mlp.gate_proj.weight"])) * F.linear(y, w[p + "mlp.up_proj.weight"])
-            x = x + F.linear(gated, w[p + "mlp.down_proj.weight"])
+            return x + F.linear(gated, w[p + "mlp.down_proj.weight"])
+
+        x = F.embedding(tokens, w["model.embed_tokens.weight"])
+        if self.mixed:
+            x = x.to(torch.bfloat16)
+        for i in range(c.num_hidden_layers):
+            x = checkpoint(block, x, i, use_reentrant=False) if self.mixed else block(x, i)
         return norm(x, "model.norm.weight")

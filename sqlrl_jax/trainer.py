@@ -22,6 +22,7 @@ import numpy as np
 from rollout.chat import load_tokenizer
 from rollout.errors import UserError
 from rollout.types import Task, Trajectory
+from sqlrl_jax.allocator import share_devices
 from sqlrl_jax.checkpoint import Checkpoints
 from sqlrl_jax.config import Config
 from sqlrl_jax.data.gold import without_bad_golds
@@ -48,6 +49,8 @@ from sqlrl_jax.weights import Pusher, PushError
 
 def train(config: Config, world: World) -> int:
     """Runs or resumes the run that `config` describes. Returns the process's exit status."""
+    if config.generator.backend == "embedded" and not config.generator.services:
+        share_devices()  # with the service that this run starts
     world.require_same("configuration", config.model_dump_json(indent=1))
     with ExitStack() as stack:
         stop = StopSignal(world)

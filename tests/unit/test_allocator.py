@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -44,3 +45,14 @@ def test_only_where_jax_chooses_the_cpu(
     monkeypatch.setattr("sqlrl_jax.allocator.importlib.util.find_spec", lambda _: None)
     monkeypatch.setattr("sqlrl_jax.allocator.entry_points", lambda group: plugins if group == "jax_plugins" else [])
     assert allocator._cpu_is_chosen() == cpu
+
+
+@pytest.mark.parametrize("given", [{}, {"XLA_PYTHON_CLIENT_PREALLOCATE": "true"}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".4"}])
+def test_a_shared_gpu_is_not_filled_unless_the_environment_says_how(monkeypatch, given) -> None:
+    for name in ("XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    allocator.share_devices()
+    found = {name: value for name, value in os.environ.items() if name.startswith("XLA_PYTHON_CLIENT")}
+    assert found == (given or {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"})

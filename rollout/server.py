@@ -162,7 +162,7 @@ class RolloutService:
         if tensors is None:
             return
         try:
-            self._pause = await asyncio.to_thread(self._swap, tensors, key.version)
+            self._pause = await asyncio.to_thread(self._engine.apply_weights, tensors, key.version)
         except Exception as error:
             _log.exception("weights could not be applied")
             self._receiver.finish_apply(f"{type(error).__name__}: {error}")
@@ -170,16 +170,6 @@ class RolloutService:
                 job.cancel()
             raise Refused(self._receiver.quarantine) from error
         self._receiver.finish_apply()
-
-    def _swap(self, tensors: dict[str, Any], version: int) -> float:
-        """Replaces the engine's weights between two decoding steps; returns the seconds without generation."""
-        self._engine.pause()
-        paused = time.monotonic()
-        try:
-            self._engine.apply_weights(tensors, version)
-        finally:
-            self._engine.resume()
-        return time.monotonic() - paused
 
     def _progress(self, active: int, finished: int) -> pb.RolloutEvent:
         tokens = int(self._engine.stats().get("generated_tokens", 0))

@@ -28,6 +28,7 @@ from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.decoder import final_norm, finish_block, project_qkv, rope_table, unembedding, unstack_layers
 from sqlrl_jax.model.params import Params
 
+_SCORED = 32  # positions whose logits exist at a time when given tokens are scored
 _MAX_DRAWS = 256  # a row that never hits its top-p set in so many draws takes the likeliest token
 
 
@@ -155,6 +156,28 @@ def extend(
     config: ModelConfig, params: Params, view: Cache, tokens: Int[Array, "B S"], lengths: Int[Array, " B"]
 ) -> Cache:
     """Keys and values of `tokens`, which follow the first `lengths` positions of each row of `view`."""
+    return _through(config, params, view, tokens, lengths)[1]
+
+
+@partial(jax.jit, static_argnames="config")
+def score(config: ModelConfig, params: Params, tokens: Int[Array, "1 S"]) -> Float[Array, " S-1"]:
+    """The log-probability of each token but the first, given those before it, at temperature 1."""
+    heads, dim = config.num_key_value_heads, config.head_dim
+    empty = jnp.zeros((1, heads, 0, dim), params["embedding"].dtype)
+    view = (LayerCache(empty, empty),) * config.num_hidden_layers
+    hidden, _ = _through(config, params, view, tokens, jnp.zeros(1, jnp.int32))
+
+    def one(state: jax.Array, target: jax.Array) -> jax.Array:
+        logits = (final_norm(config, params, state[None]) @ params["lm_head"])[0].astype(jnp.float32)
+        return logits[target] - jax.nn.logsumexp(logits)
+
+    return jax.lax.map(lambda pair: one(*pair), (hidden[0, :-1], tokens[0, 1:]), batch_size=_SCORED)
+
+
+def _through(
+    config: ModelConfig, params: Params, view: Cache, tokens: Int[Array, "B S"], lengths: Int[Array, " B"]
+) -> tuple[Float[Array, "B S d"], Cache]:
+    """`tokens` after the last layer, and their keys and values."""
     batch, size = tokens.shape
     heads, dim = config.num_key_value_heads, config.head_dim
     cached = jnp.arange(view[0].k.shape[2])[None, :] < lengths[:, None]
@@ -181,7 +204,7 @@ def extend(
         q, k, v = project_qkv(config, layer, x, rope)
         result.append(LayerCache(k.swapaxes(1, 2), v.swapaxes(1, 2)))
         x = finish_block(config, layer, x, attend(q, old, result[-1]))
-    return tuple(result)
+    return x, tuple(result)
 
 
 @partial(jax.jit, static_argnames=("config", "chunk"))

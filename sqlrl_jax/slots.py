@@ -105,9 +105,20 @@ class Slots:
         on_cpu = jax.default_backend() == "cpu"
         self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1) if on_cpu else 1, thread_name_prefix="decode")
 
-    def load(self, params: Params) -> None:
+    def prepare(self, params: Params) -> Params:
+        """Weights as `load` takes them: what takes time, and may be done while others call."""
+        return jax.block_until_ready(sampler.prepare(self.config, params, self.dtype))
+
+    def load(self, prepared: Params) -> None:
         """Takes new weights. Keys and values of the old ones stay in the cache: set `cached` of every sequence to 0."""
-        self._params = jax.block_until_ready(sampler.prepare(self.config, params, self.dtype))
+        self._params = prepared
+
+    def score(self, ids: Seq[int]) -> list[float]:
+        """Log-probabilities of all ids but the first, without the cache."""
+        assert self._params is not None
+        tokens = np.zeros((1, power_bucket(len(ids), 64)), np.int32)
+        tokens[0, : len(ids)] = ids
+        return np.asarray(sampler.score(self.config, self._params, jnp.asarray(tokens)))[: len(ids) - 1].tolist()
 
     def close(self) -> None:
         """Frees the cache and the threads."""

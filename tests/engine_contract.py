@@ -50,6 +50,19 @@ def stops_at_the_token_that_completes_a_stop_string(
         assert stopped.spans == [(engine.version, 0, end)]
 
 
+def scores_given_tokens_as_it_sampled_them(engine: Any) -> None:
+    greedy = SamplingParams(temperature=0.0, max_tokens=18, stop=())
+    free = generate(engine, prompt(engine, 3), greedy)
+    ids = prompt(engine, 3) + free.output_ids
+    first, second = engine.score([ids, ids[:5]])
+    assert (len(first), len(second)) == (len(ids) - 1, 4)
+    np.testing.assert_allclose(first[-len(free.output_ids) :], free.logprobs, atol=1e-4)
+    np.testing.assert_allclose(second, first[:4], atol=1e-4)
+    assert generate(engine, prompt(engine, 3), greedy).output_ids == free.output_ids
+    with pytest.raises(EngineError, match="vocabulary"):
+        engine.score([[1, 10**6]])
+
+
 def refuses_what_it_cannot_serve(engine: Any) -> None:
     for ids, message in (([], "0 input tokens"), ([1] * engine.max_context, "input tokens"), ([10**6], "vocabulary")):
         with pytest.raises(EngineError, match=message):

@@ -81,11 +81,18 @@ class Engine(ABC):
         """The tensors that make up a full set of weights: Hugging Face names, shapes, dtypes."""
 
     @abstractmethod
-    def apply_weights(self, tensors: Mapping[str, Any], version: int) -> None:
+    def apply_weights(self, tensors: Mapping[str, Any], version: int) -> float:
         """Replaces all weights by `tensors` (numpy arrays by Hugging Face name) as `version`.
 
-        Running turns continue on the new weights; their `spans` say from which token on. Raises EngineError and keeps the
-        old weights when a tensor is missing, unknown or of another shape.
+        Stops generation for as long as it must, and returns those seconds. Running turns continue on the new weights; their
+        `spans` say from which token on. Raises EngineError and keeps the old weights when a tensor is missing, unknown or of
+        another shape.
+        """
+
+    @abstractmethod
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Of each sequence: the natural log-probability of every token but the first, given those before it, at temperature
+        1 under the weights in use. Not between `pause` and `resume`. Raises EngineError when ids do not fit the model.
         """
 
     @abstractmethod

@@ -87,7 +87,7 @@ class EmbeddedEngine(Engine):
         self._barrier_timeout = barrier_timeout
         self._slots = slots.Slots(self.model_config, self._dtype, generator.inference_engine.decode_chunk)
         self._served = Served(config.trainer.policy.model, self.model_config, self._dtype)
-        self._slots.load(self._served.start())
+        self._slots.load(self._slots.prepare(self._served.start()))
         self._version = 0
         self._stop_ids: dict[tuple[str, ...], frozenset[int]] = {}
 
@@ -123,18 +123,26 @@ class EmbeddedEngine(Engine):
     def manifest(self) -> list[TensorSpec]:
         return self._served.manifest()
 
-    def apply_weights(self, tensors: Mapping[str, Any], version: int) -> None:
+    def apply_weights(self, tensors: Mapping[str, Any], version: int) -> float:
         copies = {name: np.array(value) for name, value in tensors.items()}  # the caller may overwrite its memory
         try:
-            params = self._served.params(copies)
+            params = self._slots.prepare(self._served.params(copies))
         except CheckpointError as error:
             raise EngineError(f"weights of version {version} were refused: {error}") from error
         with self._computing:
+            stopped = time.monotonic()
             self._slots.load(params)
             self._version = version
             for session in self._sessions_now():
                 if session.sequence is not None:
                     session.sequence.cached = 0  # computed with the old weights
+            return time.monotonic() - stopped
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        for ids in sequences:
+            self._check(ids)
+        with self._computing:
+            return [self._slots.score(ids) for ids in sequences]
 
     def pause(self) -> None:
         with self._changed:
@@ -185,13 +193,7 @@ class EmbeddedEngine(Engine):
     def _submit(
         self, session: _EmbeddedSession, ids: list[int], params: SamplingParams, seed: int
     ) -> Future[Generation]:
-        if not 0 < len(ids) < self.max_context:
-            raise EngineError(
-                f"{len(ids)} input tokens: the engine takes 1 to {self.max_context - 1}"
-                " (generator.max_input_length and the model's max_position_embeddings)"
-            )
-        if not 0 <= min(ids) <= max(ids) < self.model_config.vocab_size:
-            raise EngineError(f"a token id lies outside the model's vocabulary of {self.model_config.vocab_size}")
+        self._check(ids)
         if params.max_tokens < 1:
             raise EngineError(f"max_tokens = {params.max_tokens}: at least 1 is needed")
         request = _Request(ids, params, seed)
@@ -204,6 +206,15 @@ class EmbeddedEngine(Engine):
             self._no_longer_idle(session)
             self._event()
         return request.future
+
+    def _check(self, ids: Sequence[int]) -> None:
+        if not 0 < len(ids) < self.max_context:
+            raise EngineError(
+                f"{len(ids)} input tokens: the engine takes 1 to {self.max_context - 1}"
+                " (generator.max_input_length and the model's max_position_embeddings)"
+            )
+        if not 0 <= min(ids) <= max(ids) < self.model_config.vocab_size:
+            raise EngineError(f"a token id lies outside the model's vocabulary of {self.model_config.vocab_size}")
 
     def _close_session(self, session: _EmbeddedSession) -> None:
         with self._changed:

@@ -53,8 +53,11 @@ class ScriptedEngine(Engine):
     def manifest(self) -> list[TensorSpec]:
         return []
 
-    def apply_weights(self, tensors: Mapping[str, Any], version: int) -> None:
+    def apply_weights(self, tensors: Mapping[str, Any], version: int) -> float:
         raise EngineError("the scripted engine has no weights to replace")
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        raise EngineError("the scripted engine has no weights to score with")
 
     def pause(self) -> None:
         """Nothing runs between two calls."""

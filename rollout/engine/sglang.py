@@ -163,14 +163,14 @@ class SglangEngine(Engine):
     def manifest(self) -> list[TensorSpec]:
         return list(self._manifest)
 
-    def apply_weights(self, tensors: Mapping[str, Any], version: int) -> None:
+    def apply_weights(self, tensors: Mapping[str, Any], version: int) -> float:
         given = [TensorSpec(name, tuple(value.shape), value.dtype.name) for name, value in tensors.items()]
         try:
             check_manifest(given, self._manifest)
         except Refused as error:
             raise EngineError(f"weights of version {version} were refused: {error}") from error
         with self._updating:
-            paused = self._paused
+            paused, stopped = self._paused, time.monotonic()
             if not paused:
                 self._stop_generation()
             try:
@@ -185,6 +185,16 @@ class SglangEngine(Engine):
                     self._start_generation()
             with self._lock:
                 self._version, self._doubt = version, ""
+            return time.monotonic() - stopped
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        self._require_alive()
+        for ids in sequences:
+            self._check_ids(ids)
+        with self._updating:  # so that no other weights come in between
+            return [
+                self._runtime.call(self._score(list(ids)), "score a sequence", _CONTROL_SECONDS) for ids in sequences
+            ]
 
     def pause(self) -> None:
         with self._updating:
@@ -263,7 +273,12 @@ class SglangEngine(Engine):
                 self._end_turn(session.turn, "abort")
 
     def _check(self, turn: _Turn) -> None:
-        ids, vocabulary = turn.ids, self.model_config.vocab_size
+        self._check_ids(turn.ids)
+        if turn.params.max_tokens < 1:
+            raise EngineError(f"max_tokens = {turn.params.max_tokens}: at least 1 is needed")
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        vocabulary = self.model_config.vocab_size
         if not 0 < len(ids) < self.max_context:
             raise EngineError(
                 f"{len(ids)} input tokens: the engine takes 1 to {self.max_context - 1}"
@@ -271,8 +286,6 @@ class SglangEngine(Engine):
             )
         if not 0 <= min(ids) <= max(ids) < vocabulary:
             raise EngineError(f"a token id lies outside the model's vocabulary of {vocabulary}")
-        if turn.params.max_tokens < 1:
-            raise EngineError(f"max_tokens = {turn.params.max_tokens}: at least 1 is needed")
 
     def _require_alive(self) -> None:
         if self._runtime.failure:
@@ -321,6 +334,22 @@ class SglangEngine(Engine):
             raise
         except (ValueError, HTTPException) as error:
             raise EngineError(f"SGLang refused a turn: {error}") from error
+
+    async def _score(self, ids: list[int]) -> list[float]:
+        from fastapi import HTTPException
+        from sglang.srt.managers.io_struct import GenerateReqInput
+
+        sampling = {"temperature": 1.0, "max_new_tokens": 0}
+        request = GenerateReqInput(input_ids=ids, sampling_params=sampling, return_logprob=True, logprob_start_len=0)
+        try:
+            async with aclosing(self._runtime.manager.generate_request(request, None)) as answers:
+                whole = [answer async for answer in answers]
+        except (ValueError, HTTPException) as error:
+            raise EngineError(f"SGLang refused to score a sequence: {error}") from error
+        logprobs = whole[-1]["meta_info"]["input_token_logprobs"]
+        if len(logprobs) != len(ids):
+            raise EngineError(f"SGLang scored {len(logprobs)} of {len(ids)} tokens")
+        return [float(entry[0]) for entry in logprobs[1:]]  # the first has nothing before it
 
     def _request(self, turn: _Turn) -> Any:
         from sglang.srt.managers.io_struct import GenerateReqInput

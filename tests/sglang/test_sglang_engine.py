@@ -181,6 +181,10 @@ def test_the_end_of_sequence_stays(engine, first):
         assert len(generation.logprobs) == len(generation.output_ids)
 
 
+def test_given_tokens_are_scored_as_they_were_sampled(engine):
+    contract.scores_given_tokens_as_it_sampled_them(engine)
+
+
 def test_requests_that_cannot_be_served_are_refused(engine):
     contract.refuses_what_it_cannot_serve(engine)
 

@@ -129,6 +129,10 @@ def test_weights_that_do_not_fit_are_refused_and_the_old_ones_stay(engine):
     contract.keeps_its_weights_when_others_do_not_fit(engine, fitting)
 
 
+def test_given_tokens_are_scored_as_they_were_sampled(engine):
+    contract.scores_given_tokens_as_it_sampled_them(engine)
+
+
 def test_requests_that_cannot_be_served_are_refused(engine):
     contract.refuses_what_it_cannot_serve(engine)
 

@@ -58,7 +58,7 @@ def make_sequences(config, count: int, temperature: float, top_p: float = 1.0) -
 def test_cached_decoding_equals_the_full_forward_pass(model, temperature):
     config, params = model
     runner = slots.Slots(config, "float32", CHUNK)
-    runner.load(params)
+    runner.load(runner.prepare(params))
     sequences = make_sequences(config, 7, temperature)
     for _ in range(3):  # chunks, each on top of what the last one cached
         starts = [len(s.ids) for s in sequences]
@@ -78,7 +78,7 @@ def test_a_later_turn_on_the_cached_prefix_equals_a_fresh_start(model):
     outputs = []
     for reuse in (True, False):
         runner = slots.Slots(config, "float32", CHUNK)
-        runner.load(params)
+        runner.load(runner.prepare(params))
         sequences = make_sequences(config, 5, 0.0)
         for s, (ids, _) in zip(sequences, runner.run(sequences, []), strict=True):
             s.ids += [*ids[:4], 9, 8, 7]  # cut inside the chunk, then an observation
@@ -93,7 +93,7 @@ def test_a_later_turn_on_the_cached_prefix_equals_a_fresh_start(model):
 def test_equal_prompts_are_computed_once(model):
     config, params = model
     runner = slots.Slots(config, "float32", CHUNK)
-    runner.load(params)
+    runner.load(runner.prepare(params))
     sequences = [slots.Sequence(slot=i, ids=[5, 6, 7, 8], limit=CHUNK, temperature=0.0) for i in range(4)]
     results = runner.run(sequences, [])
     assert runner.counters.prefill_tokens == 3
@@ -105,7 +105,7 @@ def test_equal_prompts_are_computed_once(model):
 def test_rows_stop_at_their_limit_and_after_an_end_id(model):
     config, params = model
     runner = slots.Slots(config, "float32", CHUNK)
-    runner.load(params)
+    runner.load(runner.prepare(params))
     whole = [ids for ids, _ in runner.run(make_sequences(config, 4, 0.7), [])]
     limited = make_sequences(config, 4, 0.7)
     limited[1].limit = 2
@@ -121,7 +121,7 @@ def test_rows_stop_at_their_limit_and_after_an_end_id(model):
 def test_noise_does_not_depend_on_the_batch(model):
     config, params = model
     runner = slots.Slots(config, "float32", CHUNK)
-    runner.load(params)
+    runner.load(runner.prepare(params))
     together = runner.run(make_sequences(config, 7, 1.0), [])
     alone = runner.run(make_sequences(config, 7, 1.0)[4:5], [])
     assert together[4][0] == alone[0][0]

@@ -47,10 +47,15 @@ def test_only_where_jax_chooses_the_cpu(
     assert allocator._cpu_is_chosen() == cpu
 
 
-@pytest.mark.parametrize("given", [{}, {"XLA_PYTHON_CLIENT_PREALLOCATE": "true"}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".4"}])
-def test_a_shared_gpu_is_not_filled_unless_the_environment_says_how(monkeypatch, given) -> None:
+@pytest.mark.parametrize(
+    "given", [{}, {"XLA_PYTHON_CLIENT_PREALLOCATE": "true"}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".4"}]
+)
+def test_a_shared_gpu_is_not_filled_unless_the_environment_says_how(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str]
+) -> None:
     for name in ("XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     allocator.share_devices()

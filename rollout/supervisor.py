@@ -13,7 +13,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rollout.errors import InfrastructureError
@@ -27,13 +27,22 @@ class ServiceError(InfrastructureError):
 
 
 class ServiceProcess:
-    """One service. `command` is `launch.py serve …` without `--port-file`, which is added here.
+    """One service. `command` is `launch.py serve …` without `--port-file`, which is added here; `variables` are set in its
+    environment, above this process's own.
 
     `restarts` counts over the object's life.
     """
 
-    def __init__(self, command: Sequence[str], log_file: Path, *, start_timeout: float = 180.0) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        log_file: Path,
+        *,
+        start_timeout: float = 180.0,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         self._command, self._log_file, self._start_timeout = list(command), Path(log_file), start_timeout
+        self._variables = dict(variables or {})
         self._process: subprocess.Popen[bytes] | None = None
         self.address = ""
         self.restarts = 0
@@ -94,7 +103,12 @@ class ServiceProcess:
             self._log_file.parent.mkdir(parents=True, exist_ok=True)
             with self._log_file.open("ab") as log:
                 self._process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    env=os.environ | self._variables,
                 )
         except OSError as error:
             raise ServiceError(f"rollout service cannot be started ({' '.join(command)}): {error}") from None

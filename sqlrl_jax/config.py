@@ -187,6 +187,10 @@ class EvalSamplingConfig(Section):
 
 
 class InferenceEngineConfig(Section):
+    num_engines: int = Field(1, ge=1, le=256)
+    """Rollout services that a run starts on this machine, each with an engine and tensor_parallel_size GPUs of its own."""
+    python: str = ""
+    """Python that runs them, such as that of an environment with SGLang; empty: the one that runs the learner."""
     max_sequences: int = Field(256, ge=1, le=65536)
     """Episodes held in the KV cache at one time; more wait their turn."""
     decode_chunk: int = Field(16, ge=1, le=1024)
@@ -207,7 +211,7 @@ class GeneratorConfig(Section):
     backend: Literal["embedded", "sglang"] = "embedded"
     """embedded: JAX decoding inside the rollout service, on CPU or any device JAX sees. sglang: SGLang, on GPUs."""
     services: tuple[str, ...] = ()
-    """host:port of rollout services that are already running; empty starts one on this machine."""
+    """host:port of rollout services that are already running; empty starts inference_engine.num_engines on this machine."""
     n_samples_per_prompt: int = Field(5, ge=1)
     """Episodes for each training question: the group of GRPO."""
     eval_n_samples_per_prompt: int = Field(1, ge=1)

@@ -7,18 +7,15 @@ still missing; the bridge's client counts every (question, sample) exactly once.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rollout.client import RolloutClient
 from rollout.errors import InfrastructureError
-from rollout.supervisor import ServiceProcess
 from rollout.types import SamplingParams, Task, Trajectory
 from sqlrl_jax.config import Config, SamplingConfig
-
-LAUNCH = Path(__file__).resolve().parents[1] / "launch.py"
+from sqlrl_jax.local_services import LocalServices
 
 
 def sampling_params(config: SamplingConfig) -> SamplingParams:
@@ -37,18 +34,16 @@ class Fleet:
         self._config = config
         self._say = say
         self._restarts = 0
-        self._process: ServiceProcess | None = None
+        self._local = LocalServices(config, config_file, log_file)
         self.republish: Callable[[], Any] = lambda: None
         """Pushes the present weights to every service; the trainer sets it."""
-        addresses = list(config.generator.services) or [self._start(config_file, log_file)]
+        addresses = list(config.generator.services) or self._start()
         self.client = self._connect(addresses)
         self.client.wait_ready(config.bridge.start_timeout)
 
-    def _start(self, config_file: Path, log_file: Path, *settings: str) -> str:
-        """Starts a service of our own and returns its address."""
-        command = [sys.executable, str(LAUNCH), "serve", "--config", str(config_file), *settings]
-        self._process = ServiceProcess(command, log_file, start_timeout=self._config.bridge.start_timeout)
-        return self._process.start()
+    def _start(self) -> list[str]:
+        """Starts the services of our own and returns their addresses."""
+        return self._local.start()
 
     def _connect(self, addresses: Sequence[str]) -> RolloutClient:
         return RolloutClient(addresses, stall_timeout=self._config.bridge.stall_timeout)
@@ -88,12 +83,12 @@ class Fleet:
         Raises InfrastructureError after bridge.max_restarts losses without a finished batch in between.
         """
         self._count_loss(address, str(error))
-        if self._process is None:
-            self._say(f"rollout service {address} is lost ({error}); waiting for it to come back")
-        else:
+        if self._local.owns(address):
             self._say(f"rollout service {address} is lost ({error}); starting it again")
-            lost, address = address, self._process.restart()
+            lost, address = address, self._local.restart(address)
             self.client.replace(address, lost)
+        else:
+            self._say(f"rollout service {address} is lost ({error}); waiting for it to come back")
         self.client.wait_ready(self._config.bridge.start_timeout)
         self.republish()
         self._say(f"rollout service {address} is back with the present weights; asking again for the missing episodes")
@@ -108,5 +103,4 @@ class Fleet:
 
     def close(self) -> None:
         self.client.close()
-        if self._process is not None:
-            self._process.stop()
+        self._local.close()

@@ -82,9 +82,10 @@ def hosted(config: Config, display: Display, keep: bool) -> Iterator[Player]:
 
             yield play
         except UserError:
-            if log.exists() and log.stat().st_size:
-                kept = shutil.copy(log, f"{folder}.log")
-                display.warn(f"the rollout service's log is kept in {kept}")
+            logs = [file for file in sorted(folder.glob("service*.log")) if file.stat().st_size]
+            if logs:
+                kept = [str(shutil.copy(file, f"{folder}.{file.name}")) for file in logs]
+                display.warn(f"the rollout service's log is kept in {', '.join(kept)}")
             raise
 
 

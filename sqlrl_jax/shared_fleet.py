@@ -1,7 +1,7 @@
 """The rollout services of a run with several learner processes: each asks its own for its share of the questions.
 
 Who asks does not matter to an episode (its seed follows from question and sample), and afterwards every process holds all
-episodes in the same order, so all do the same arithmetic. A process owns the service that it started, or every so many-th of
+episodes in the same order, so all do the same arithmetic. A process owns the services that it started, or every so many-th of
 `generator.services`. When one is lost, its process keeps what has come; as soon as all have played what they could, its
 owner starts it again, all push the weights once more, and the missing episodes are asked for.
 
@@ -59,11 +59,10 @@ class SharedFleet(Fleet):
         self, world: World, config: Config, config_file: Path, log_file: Path, say: Callable[[str], None]
     ) -> None:
         self._world = world
-        self._owned: list[int] = []
         super().__init__(config, config_file, log_file, say)
         world.barrier("services are up")
 
-    def _start(self, config_file: Path, log_file: Path, *settings: str) -> str:
+    def _start(self) -> list[str]:
         host = self._world.address
         together = all(is_loopback(peer.address) for peer in self._world.peers)
         if not together and not self._config.bridge.trusted_network:
@@ -73,13 +72,15 @@ class SharedFleet(Fleet):
                 "services in generator.services, at the local ends of tunnels for example"
             )
         listen = "127.0.0.1:0" if together else f"[{host}]:0" if ":" in host else f"{host}:0"
-        return super()._start(config_file, log_file, f"bridge.listen={listen}")
+        return self._local.start(f"bridge.listen={listen}")
 
     def _connect(self, addresses: Sequence[str]) -> RolloutClient:
         index, count = self._world.index, self._world.count
-        if self._process is not None:
-            addresses = self._world.gather("service", addresses[0])
-            self._owned = players = [index]
+        if self._local.owns(addresses[0]):
+            by_process = self._world.gather("services", list(addresses))
+            first = sum(len(theirs) for theirs in by_process[:index])
+            players = list(range(first, first + len(addresses)))
+            addresses = [address for theirs in by_process for address in theirs]
         else:
             players = list(range(index, len(addresses), count)) or [index % len(addresses)]
         return RolloutClient(addresses, stall_timeout=self._config.bridge.stall_timeout, players=players)
@@ -144,11 +145,10 @@ class SharedFleet(Fleet):
         moved: dict[str, str] = {}
         for address, why in lost.items():
             self._count_loss(address, why)
-            mine = self._owned and self.client.addresses[self._owned[0]] == address
             doing = "waiting for it to come back" if self._config.generator.services else "starting it again"
             self._say(f"rollout service {address} is lost ({why}); {doing}")
-            if mine and self._process is not None:
-                moved[address] = self._process.restart()
+            if self._local.owns(address):
+                moved[address] = self._local.restart(address)
         for part in self._world.gather("moved services", moved):
             for address, now in part.items():
                 self.client.replace(now, address)

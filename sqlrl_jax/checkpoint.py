@@ -8,7 +8,7 @@
 A save that was cut short never counts as a checkpoint (Orbax renames it into place when it is whole). One that was
 damaged later is found by its checksums, which are computed on the devices and do not depend on the mesh: it is moved
 aside and the one before is used. Several processes write and read their own shards and go by what all of them found, so
-they always restore the same step. What follows from the step alone (data order, sampling seeds) is not stored.
+they always restore the same step. What follows from the step alone (sampling seeds) is not stored.
 """
 
 from __future__ import annotations
@@ -25,7 +25,15 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
 from sqlrl_jax.checkpoint_model import MODEL, describe_model, require_same_adapters
-from sqlrl_jax.checkpoint_record import Score, best_of, checksums, quiet_writers, read_scores, restore_items
+from sqlrl_jax.checkpoint_record import (
+    Score,
+    best_of,
+    checksums,
+    quiet_writers,
+    read_record,
+    read_scores,
+    restore_items,
+)
 from sqlrl_jax.config_lora import LoraConfig
 from sqlrl_jax.exchange import Exchange, exchange, first_fault
 from sqlrl_jax.model.config import ModelConfig
@@ -74,20 +82,26 @@ class Checkpoints:
         with self._writing():
             self._manager = self._open(max_to_keep)
 
-    def save(self, step: int, trained: Trained, score: Score = None) -> None:
-        """Saves the state after `step`, whose evaluation gave `score`. Does nothing when that step is saved already."""
+    def save(self, step: int, trained: Trained, score: Score = None, data: dict[str, Any] | None = None) -> None:
+        """Saves the state after `step`, whose evaluation gave `score`; `data` is JSON that says which questions come next.
+        Does nothing when that step is saved already."""
         if step in self._manager.all_steps():
             return
         items = _items(trained.state)
         self._agree(self._manager.check_for_errors)
         self._agree(lambda: self._prepare(trained, sum(array.nbytes for array in jax.tree.leaves(items))))
-        record = {"step": step, "score": score, "checksums": checksums(items)}
+        record = {"step": step, "score": score, "checksums": checksums(items), "data": data}
         if jax.default_backend() == "cpu":  # the host's view of an array is the array, and the next step overwrites it
             items = jax.tree.map(jnp.copy, items)
         saves = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         self._scores[step] = score
         with self._writing():
             self._manager.save(step, args=ocp.args.Composite(record=ocp.args.JsonSave(record), **saves))
+
+    def data(self, step: int) -> dict[str, Any] | None:
+        """What `save` was given as `data` with the state of `step`, which was restored."""
+        found: dict[str, Any] | None = read_record(self.directory / str(step)).get("data")
+        return found
 
     def latest(self) -> int | None:
         """The newest step that was saved whole."""

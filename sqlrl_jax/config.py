@@ -376,6 +376,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _groups_can_have_spread(self) -> Config:
+        if self.trainer.algorithm.dynamic_sampling.type and self.generator.n_samples_per_prompt == 1:
+            raise ValueError(
+                "trainer.algorithm.dynamic_sampling leaves out questions whose episodes earn the same, which is all of them "
+                "with generator.n_samples_per_prompt = 1: ask for more samples or set its type to null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _episodes_fit_rows(self) -> Config:
         longest = self.generator.max_input_length + self.generator.sampling_params.max_generate_length
         if self.trainer.policy.row_tokens < longest:

@@ -117,6 +117,13 @@ class OverlongBufferConfig(Section):
     """What an episode that fills the context loses."""
 
 
+class DynamicSamplingConfig(Section):
+    type: Literal["filter"] | None = None
+    """filter: a batch holds only questions whose episodes differ in reward; others are left out and more are asked (DAPO)."""
+    max_sample_batches: int = Field(30, ge=-1)
+    """Batches of questions looked at for one step, after which it takes what there is; -1 or 0 is no limit."""
+
+
 class AlgorithmConfig(Section):
     advantage_estimator: Annotated[str, OneOfOrOwn(ADVANTAGE_ESTIMATORS)] = "grpo"
     """How good an episode was beside others: grpo (arXiv:2402.03300), rloo, reinforce++, maxrl, or your own function."""
@@ -159,6 +166,7 @@ class AlgorithmConfig(Section):
     overlong_buffer: OverlongBufferConfig = OverlongBufferConfig()
     turn_penalty: float = Field(0.0, ge=0, lt=1)
     """What a right answer loses for each turn after the first; 0.02 suits. Wrong answers lose nothing."""
+    dynamic_sampling: DynamicSamplingConfig = DynamicSamplingConfig()
     zero_variance_filter: bool = True
     """Leave questions whose advantages are all zero (group baselines: whose rewards are all equal) out of the update."""
 

@@ -67,6 +67,12 @@ def warnings_for(metrics: dict[str, float]) -> list[str]:
         )
     if metrics["reward/groups_with_spread"] == 0:
         out.append("every group got one and the same reward, so there was nothing to learn from")
+    if metrics.get("generate/groups_missing", 0) > 0:
+        out.append(
+            f"{metrics['generate/groups_missing']:.0f} groups with spread were missing after "
+            f"{metrics['generate/sample_batches']:.0f} batches of questions (dynamic_sampling.max_sample_batches); the "
+            f"questions have become too easy, or are too hard"
+        )
     if metrics["policy/skipped_steps"] > 0:
         out.append(f"gradients were not finite in {metrics['policy/skipped_steps']:.0f} update(s), which were skipped")
     gap = metrics.get("policy/logprob_diff_max", 0.0)  # absent when nothing was trained on

@@ -1,7 +1,8 @@
 """The training loop: sample episodes, turn rewards into advantages, update, push the weights, look how it goes.
 
-Synchronous: episodes of step n are sampled from version n of the weights and make version n + 1. The state of a run is
-the learner's state and the step; data order and sampling seeds follow from the step, so a resumed run repeats exactly.
+The update of step n starts from version n - 1 of the weights and makes version n; where its episodes come from is
+batches.py's business. The state of a run is the learner's state, the step and which questions were used, so a resumed run
+goes on exactly.
 
 With several processes each runs this very loop. They hold the same episodes and do the same arithmetic on their own shards;
 what belongs to one of them alone (files, the terminal) is process 0's. How they agree is distributed.py's business.
@@ -10,7 +11,6 @@ what belongs to one of them alone (files, the terminal) is process 0's. How they
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -21,17 +21,16 @@ import numpy as np
 
 from rollout.chat import load_tokenizer
 from rollout.errors import UserError
-from rollout.types import Task, Trajectory
 from sqlrl_jax.allocator import share_devices
+from sqlrl_jax.batches import Batch, SynchronousBatches, Watch
 from sqlrl_jax.checkpoint import Checkpoints
 from sqlrl_jax.config import Config
 from sqlrl_jax.data.gold import without_bad_golds
-from sqlrl_jax.data.order import batch_at, steps_per_epoch
+from sqlrl_jax.data.order import Shuffled, Supply, steps_per_epoch
 from sqlrl_jax.data.questions import Questions, load_questions
 from sqlrl_jax.display import Display, comparison, eval_line, step_line
 from sqlrl_jax.distributed import World
 from sqlrl_jax.evaluate import evaluate
-from sqlrl_jax.fleet import sampling_params
 from sqlrl_jax.learner import Learner, build_learner
 from sqlrl_jax.mesh import make_mesh
 from sqlrl_jax.metrics import rollout_metrics
@@ -97,6 +96,7 @@ class Trainer:
             run.checkpoints, trainer.max_ckpts_to_keep, trainer.keep_best_ckpt, self._exchange
         )
         stack.callback(self.checkpoints.close)
+        self.supply = self._supply()
         self.step = self._restore()
         run.forget_after(self.step if self.step else -1)
         self._plan()
@@ -113,6 +113,9 @@ class Trainer:
             world=world,
         )
         self.fleet.republish = self.push
+        self.watch = Watch(display.bar, stop.heed)
+        self.batches = SynchronousBatches(config, self.supply, self.fleet, self.watch)
+        stack.callback(self.batches.close)
         self.writer = stack.enter_context(ThreadPoolExecutor(1, "writer"))
         self.push()
 
@@ -130,20 +133,41 @@ class Trainer:
             if self.step > first and trainer.hf_save_interval and self.step % trainer.hf_save_interval == 0:
                 self.export(self.run.exports / f"step_{self.step}")
             metrics = self.train_step()
+            if metrics is None:
+                self.display.print(f"the questions of {trainer.epochs} epochs are used up after step {self.step}")
+                self.total = self.step
+                continue
             pace = (time.monotonic() - started) / (self.step - first)
             self.display.print(step_line(self.step, self.total, metrics, pace * (self.total - self.step)))
 
-    def train_step(self) -> dict[str, float]:
-        """One step: episodes, update, push. Returns and logs its metrics."""
-        trainer, generator = self.config.trainer, self.config.generator
-        tasks = batch_at(self.data.train, trainer.train_batch_size, trainer.seed, self.step)
+    def train_step(self) -> dict[str, float] | None:
+        """One step: episodes, update, push. Returns and logs its metrics; None when no questions are left."""
         clock = Clock()
-        episodes = self._rollout(tasks, generator.n_samples_per_prompt, "rollout")
+        batch = self.batches.take(self.step)
+        if batch is None:
+            return None
         clock.lap("rollout")
         written = self.writer.submit(
-            self.run.log_episodes, "train", self.step + 1, episodes, self.data.by_id, self.decode
+            self.run.log_episodes, "train", self.step + 1, batch.episodes, self.data.by_id, self.decode
         )
-        usable = [e for e in episodes if e.outcome != "prompt_too_long"]
+        metrics = self._update(batch)
+        clock.lap("update")
+        self.step += 1
+        metrics |= self.push()
+        self.batches.trained(batch)
+        clock.lap("push")
+        written.result()  # tens of seconds of a large batch, beside the update and the push
+        clock.lap("log")
+        metrics |= batch.metrics | clock.metrics()
+        metrics["generate/tokens_per_second"] = metrics["generate/tokens"] / metrics["timing/rollout"]
+        self.run.log_metrics("train", self.step, metrics)
+        self._warn(metrics)
+        return metrics
+
+    def _update(self, batch: Batch) -> dict[str, float]:
+        """Trains on a batch: rewards, advantages, optimizer steps."""
+        trainer = self.config.trainer
+        usable = [e for e in batch.episodes if e.outcome != "prompt_too_long"]
         if not usable:
             raise UserError(
                 f"step {self.step + 1}: every prompt is longer than trainer.max_prompt_length = {trainer.max_prompt_length}"
@@ -151,21 +175,11 @@ class Trainer:
         rewards = final_rewards(usable, self.config)
         if trainer.algorithm.use_kl_in_reward:
             rewards -= self.learner.kl_penalties(usable)
-        batch = Rewards(rewards, [e.task_id for e in usable], np.array([sum(e.loss_mask) for e in usable]))
-        advantages = self.estimator(batch, trainer.algorithm)
+        tokens = np.array([sum(e.loss_mask) for e in usable])
+        advantages = self.estimator(Rewards(rewards, [e.task_id for e in usable], tokens), trainer.algorithm)
         metrics = self.learner.update(usable, advantages) | advantage_metrics(rewards, advantages)
-        clock.lap("update")
-        self.step += 1
-        metrics |= self.push()
-        clock.lap("push")
-        written.result()  # tens of seconds of a large batch, beside the update and the push
-        clock.lap("log")
-        metrics |= rollout_metrics(usable) | clock.metrics()
-        metrics["generate/prompts_too_long"] = float(len(episodes) - len(usable))
-        metrics["generate/tokens_per_second"] = metrics["generate/tokens"] / metrics["timing/rollout"]
-        self.run.log_metrics("train", self.step, metrics)
-        self._warn(metrics)
-        return metrics
+        metrics["generate/prompts_too_long"] = float(len(batch.episodes) - len(usable))
+        return metrics | rollout_metrics(usable)
 
     def push(self) -> dict[str, float]:
         """Gives the present weights to every service as version `step`; a service that dies meanwhile is brought back."""
@@ -181,7 +195,9 @@ class Trainer:
         """Measures the present weights on the evaluation questions with up to `turns` turns; prints and logs."""
         total = len(self.fleet.share(self.data.val)) * self.config.generator.eval_n_samples_per_prompt
         with self.display.bar("evaluating", total) as bar:
-            episodes, metrics = evaluate(self.fleet, self.config, self.data.val, self.step, turns, self._follow(bar))
+            episodes, metrics = evaluate(
+                self.fleet, self.config, self.data.val, self.step, turns, self.watch.follow(bar)
+            )
         metrics["max_turns"] = turns
         self.display.print(eval_line(self.step, turns, metrics), style="bold")
         if turns == self.config.generator.max_turns:
@@ -199,7 +215,7 @@ class Trainer:
                 if (m["step"], m["max_turns"]) == (self.step, turns)
             ],
         )
-        self.checkpoints.save(self.step, self.learner, scores[-1] if scores else None)
+        self.checkpoints.save(self.step, self.learner, scores[-1] if scores else None, {"supply": self.supply.state})
 
     def export(self, folder: Path) -> None:
         """Writes the present weights as a Hugging Face folder."""
@@ -244,31 +260,6 @@ class Trainer:
         told = f"best    {self.run.checkpoints}/best: step {best[0]}, accuracy {best[1]:.3f}\n" if best else ""
         self.display.print(f"model   {self.run.export}\n{told}{adapter}report  {page}\nmetrics {self.run.metrics_file}")
 
-    def _rollout(self, tasks: Sequence[Task], samples: int, label: str) -> list[Trajectory]:
-        generator = self.config.generator
-        with self.display.bar(label, len(self.fleet.share(tasks)) * samples) as bar:
-            return self.fleet.rollout(
-                tasks,
-                samples=samples,
-                sampling=sampling_params(generator.sampling_params),
-                version=self.step,
-                seed=self.config.trainer.seed * 1_000_003 + self.step,
-                max_turns=generator.max_turns,
-                on_trajectory=self._follow(bar),
-            )
-
-    def _follow(self, bar: Callable[[int], None]) -> Callable[[Trajectory], None]:
-        """Moves a bar with each episode that arrives, and lets Ctrl-C leave the wait."""
-        done = 0
-
-        def on_trajectory(_: Trajectory) -> None:
-            nonlocal done
-            done += 1
-            bar(done)
-            self.stop.heed()
-
-        return on_trajectory
-
     def _questions(self) -> Questions:
         """What is trained on and measured. Process 0 alone tries the gold queries, and tells the others what is left."""
         data = self.world.in_turn("data", lambda: load_questions(self.config))
@@ -289,7 +280,18 @@ class Trainer:
         step = self.checkpoints.restore_latest(self.learner, warn=self.display.warn)
         self.world.require_same("step to go on from", str(step))
         self.display.print(f"resuming after step {step}" if step else "no checkpoint yet: starting from the first step")
+        if step:
+            state = self.world.from_main("questions used so far", lambda: self.checkpoints.data(step))
+            known = {"next": step * self.config.trainer.train_batch_size, "owed": []}  # all that older checkpoints need
+            self.supply.restore(state["supply"] if state else known, {task.id: task for task in self.data.train})
         return step
+
+    def _supply(self) -> Supply:
+        """The questions of all epochs, or of as many steps as there will be."""
+        trainer = self.config.trainer
+        order = Shuffled(self.data.train, trainer.train_batch_size, trainer.seed)
+        steps = self.total * trainer.train_batch_size
+        return Supply(order, len(order) * trainer.epochs if trainer.algorithm.dynamic_sampling.type else steps)
 
     def _total_steps(self) -> int:
         trainer = self.config.trainer

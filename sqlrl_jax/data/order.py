@@ -1,13 +1,20 @@
-"""Which questions a step trains on: a pure function of the seed and the step, so that a resumed run needs no state."""
+"""Which question comes next, and how each comes to be used exactly once.
+
+`Shuffled` is the order: a pure function of seed and position. `Supply` hands its questions out and keeps the books: what
+was handed out is used, or owed again. Its state is small and part of every checkpoint, so a resumed run uses what is left,
+no more and no less. Another order has the two methods of `Order`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Protocol
 
 import numpy as np
 
-T = TypeVar("T")
+from rollout.errors import UserError
+from rollout.types import Task
 
 
 def steps_per_epoch(tasks: int, batch_size: int) -> int:
@@ -15,8 +22,108 @@ def steps_per_epoch(tasks: int, batch_size: int) -> int:
     return tasks // batch_size
 
 
-def batch_at(tasks: Sequence[T], batch_size: int, seed: int, step: int) -> list[T]:
-    """The questions of a step (from 0): each epoch is another shuffle, and uses each question at most once."""
-    epoch, index = divmod(step, steps_per_epoch(len(tasks), batch_size))
-    order = np.random.default_rng([seed, epoch]).permutation(len(tasks))
-    return [tasks[i] for i in order[index * batch_size : (index + 1) * batch_size]]
+class Order(Protocol):
+    """An endless list of questions."""
+
+    def __len__(self) -> int:
+        """Positions in one epoch, which together hold at least a batch of different questions."""
+
+    def at(self, position: int) -> Task:
+        """The question at a position, from 0. Asked once for each new position, in turn."""
+
+
+class Shuffled:
+    """Each epoch is another shuffle, and uses each question at most once; only full batches count."""
+
+    def __init__(self, tasks: Sequence[Task], batch_size: int, seed: int) -> None:
+        self._tasks, self._seed = tasks, seed
+        self._length = steps_per_epoch(len(tasks), batch_size) * batch_size
+        self._shuffle = lru_cache(maxsize=1)(self._shuffled)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def at(self, position: int) -> Task:
+        epoch, index = divmod(position, self._length)
+        return self._tasks[self._shuffle(epoch)[index]]
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        order: list[int] = np.random.default_rng([self._seed, epoch]).permutation(len(self._tasks)).tolist()
+        return order
+
+
+class Supply:
+    """Hands out the first `limit` positions of an order, and sees to it that each is used once.
+
+    A question that is out does not go out a second time: groups are told apart by their question. What comes back unused
+    (its service died, its weights are too old, the batch was full) is handed out again before anything new.
+    """
+
+    def __init__(self, order: Order, limit: int) -> None:
+        self._order, self._limit = order, limit
+        self._next = 0
+        self._owed: dict[int, Task] = {}
+        self._out: dict[str, tuple[int, Task]] = {}
+
+    @property
+    def out(self) -> int:
+        """How many questions are out."""
+        return len(self._out)
+
+    @property
+    def done(self) -> bool:
+        """Whether every position was used."""
+        return self._next == self._limit and not self._owed and not self._out
+
+    def take(self, count: int) -> list[Task]:
+        """Up to `count` questions; fewer when all others are out or used."""
+        taken: list[Task] = []
+        for position in sorted(self._owed):
+            if len(taken) < count and self._owed[position].id not in self._out:
+                taken.append(self._hand_out(position, self._owed.pop(position)))
+        # Two epochs hold a whole one, and so a question that is not out, if there is any.
+        while len(taken) < count and self._next < self._limit and len(self._owed) < 2 * len(self._order):
+            position, task = self._next, self._order.at(self._next)
+            self._next += 1
+            if task.id in self._out:
+                self._owed[position] = task
+            else:
+                taken.append(self._hand_out(position, task))
+        return taken
+
+    def used(self, ids: Iterable[str]) -> None:
+        """These were trained on, or looked at and left out: they are done with."""
+        for name in ids:
+            del self._out[name]
+
+    def again(self, ids: Iterable[str]) -> None:
+        """These were not used and are owed."""
+        for name in ids:
+            position, task = self._out.pop(name)
+            self._owed[position] = task
+
+    def place(self, task_id: str) -> int:
+        """The position of a question that is out."""
+        return self._out[task_id][0]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """JSON from which `restore` goes on. What is out counts as owed: whoever resumes has none of it."""
+        owed = [(position, task.id) for position, task in (*self._owed.items(), *self._out.values())]
+        return {"next": self._next, "owed": sorted(owed)}
+
+    def restore(self, state: Mapping[str, Any], tasks: Mapping[str, Task]) -> None:
+        """Goes on from `state`. Raises UserError when a question that is owed is no longer among `tasks`, by id."""
+        gone = [name for _, name in state["owed"] if name not in tasks]
+        if gone:
+            raise UserError(
+                f"the checkpoint still owes question {gone[0]!r}, which is no longer in data.train_data ({len(gone)} such): "
+                f"go on with the run's own questions, or start another in another trainer.run_dir"
+            )
+        self._next = state["next"]
+        self._owed = {position: tasks[name] for position, name in state["owed"]}
+        self._out = {}
+
+    def _hand_out(self, position: int, task: Task) -> Task:
+        self._out[task.id] = (position, task)
+        return task

@@ -1,11 +1,8 @@
-"""Metrics of episodes, and the data order."""
+"""Metrics of episodes."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from rollout.types import Trajectory, Turn
-from sqlrl_jax.data.order import batch_at, steps_per_epoch
 from sqlrl_jax.eval_table import set_rows, sets_of
 from sqlrl_jax.metrics import eval_metrics, rollout_metrics
 from sqlrl_jax.voting import wilson
@@ -109,18 +106,3 @@ def test_gradings_besides_the_reward():
     m = eval_metrics([right, wrong, silent, uncovered, unanswered])
     assert m["eval/all/grade/bird_set"] == pytest.approx(1 / 3)
     assert m["eval/all/graded/bird_set"] == 3.0
-
-
-@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 3))
-def test_an_epoch_uses_each_question_at_most_once(tasks, batch, seed):
-    per_epoch = steps_per_epoch(tasks, batch)
-    if per_epoch == 0:
-        return
-    for epoch in range(2):
-        used = [t for s in range(per_epoch) for t in batch_at(range(tasks), batch, seed, epoch * per_epoch + s)]
-        assert len(used) == len(set(used)) == per_epoch * batch
-
-
-def test_data_order_depends_on_seed_and_epoch():
-    orders = {tuple(batch_at(range(50), 50, seed, epoch)) for seed in range(2) for epoch in range(2)}
-    assert len(orders) == 4

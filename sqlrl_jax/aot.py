@@ -57,8 +57,8 @@ def compile_step(config: Config, model: ModelConfig, mesh: Mesh) -> Iterator[Com
     warmup = config.trainer.policy.optimizer_config.num_warmup_steps
     program = make_program(config, mesh, model, optimizer_steps=warmup + 1)  # the length of a schedule changes no shape
     state, frozen, batch = program.abstract_state(), program.abstract_frozen(), abstract_batch(config, program)
-    shapes = jax.eval_shape(program.zeros, state.params, frozen, batch)
-    where = (program.shardings.params, jax.tree.map(lambda _: replicated(mesh), shapes[1]))
+    shapes, one = jax.eval_shape(program.zeros, state.params, frozen, batch), jax.ShapeDtypeStruct((), np.int32)
+    where = (program.gradient_shardings, jax.tree.map(lambda _: replicated(mesh), shapes[1]))
     gradients, sums = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, where)
     reference = 0.0
     if config.trainer.algorithm.needs_reference and not program.frozen:
@@ -66,14 +66,17 @@ def compile_step(config: Config, model: ModelConfig, mesh: Mesh) -> Iterator[Com
         reference *= jax.numpy.dtype(config.trainer.policy.compute_dtype).itemsize
     weight = jax.ShapeDtypeStruct((), np.float32)
     yield _compile(
-        "gradients", program.add, (gradients, sums, state.params, frozen, batch), _held(state.opt_state) + reference
+        "gradients",
+        program.add,
+        (gradients, sums, state.params, frozen, batch, one),
+        _held(state.opt_state) + reference,
     )
     yield _compile("apply", program.apply, (state, gradients, weight), _held(frozen) + reference)
 
 
 def abstract_batch(config: Config, program: Program) -> dict[str, jax.ShapeDtypeStruct]:
-    """A micro-batch's arrays, with those that the algorithm adds after packing."""
-    batch = program.abstract_batch()
+    """A micro-batch's arrays, with those that the algorithm adds after packing and the axis along which there may be more."""
+    batch = program.abstract_batches()
     algorithm = config.trainer.algorithm
     added = {
         "old_logprobs": (old_policy(config.trainer) == "scored", np.float32),
@@ -82,8 +85,7 @@ def abstract_batch(config: Config, program: Program) -> dict[str, jax.ShapeDtype
     }
     for name, (wanted, dtype) in added.items():
         if wanted:
-            sharding = program.batch_shardings[name]
-            batch[name] = jax.ShapeDtypeStruct(batch["index"].shape, dtype, sharding=sharding)
+            batch[name] = jax.ShapeDtypeStruct(batch["index"].shape, dtype, sharding=batch["index"].sharding)
     return batch
 
 

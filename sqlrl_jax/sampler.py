@@ -25,7 +25,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from sqlrl_jax.model.attention import MASKED
 from sqlrl_jax.model.config import ModelConfig
-from sqlrl_jax.model.decoder import final_norm, finish_block, project_qkv, rope_table, unembedding, unstack_layers
+from sqlrl_jax.model.decoder import final_norm, finish_block, project_qkv, rope_table, unembedding
+from sqlrl_jax.model.layout import unstack_layers
 from sqlrl_jax.model.params import Params
 
 _SCORED = 32  # positions whose logits exist at a time when given tokens are scored

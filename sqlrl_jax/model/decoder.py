@@ -1,18 +1,17 @@
 """The decoder of Qwen2, Qwen3 and Llama: pre-norm blocks, grouped-query attention, RoPE, RMSNorm, SwiGLU.
 
 The arithmetic is pure functions of (config, one layer's parameters, activations); `Decoder` is the Flax NNX module that
-owns the parameters. Attention is passed in as a function of q, k, v and whatever the caller carries for each layer, so
-training (segments of packed rows) and cached decoding (sampler.py) share every other line. Statistics, RoPE angles and
+owns the parameters. Attention is passed in as a function of q, k and v, so training (segments of packed rows) and cached
+decoding (sampler.py) share every other line. Statistics, RoPE angles and
 the residual's norm are float32; everything else runs in the compute dtype.
 Left out: the logits. They are never needed whole; the head is applied to the trained or the last tokens only.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,17 +25,14 @@ from sqlrl_jax.mesh import constrain
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.fsdp import gather_layer, lookup
 from sqlrl_jax.model.kernels import KEPT
+from sqlrl_jax.model.norm import rms_norm
 from sqlrl_jax.model.params import Params, init_param, nest, param_specs
 from sqlrl_jax.model.product import product
 from sqlrl_jax.model.sharded_attention import sharded_attention
 
 Rope = tuple[Float[Array, "B S h2"], Float[Array, "B S h2"]]
-# (q, k, v, this layer's slice of what is carried) -> (attended [B, S, H, h], the new slice)
-Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
-
-_FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
-# Numbers of a matrix that is joined at most: larger ones fill the cores alone, and the backward pass keeps what is joined.
-_FUSED_SIZE = 2**19
+# (q, k, v) -> attended [B, S, H, h]
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @dataclass(frozen=True)
@@ -44,15 +40,8 @@ class Compute:
     """How the layers are run; none of it changes the result beyond rounding."""
 
     dtype: str = "float32"
-    scan_layers: bool = True
     remat: Literal["none", "attention", "full"] = "none"
     mesh: Mesh | None = None
-
-    @property
-    def fuse(self) -> bool:
-        """Whether a layer's q, k, v (and gate, up) are joined into one product: 9% of a tiny model's step on a CPU. Not
-        where they are split over tensor shards, and not on accelerators, which fill their units without."""
-        return self.mesh is None or (self.mesh.shape["tensor"] == 1 and self.mesh.devices.flat[0].platform == "cpu")
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
@@ -86,13 +75,6 @@ def apply_rope(x: Float[Array, "B S N h"], rope: Rope) -> Float[Array, "B S N h"
     cos, sin = (part[:, :, None, :] for part in rope)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
-    """x / sqrt(mean(x^2) + eps) * scale, computed in float32."""
-    wide = x.astype(jnp.float32)
-    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 def linear(layer: Params, names: Sequence[str], x: Float[Array, "... I"]) -> list[Float[Array, "... O"]]:
@@ -144,52 +126,28 @@ def finish_block(
     return x + linear(layer, ("down",), jax.nn.silu(gate) * up)[0]
 
 
-def fuse_layer(layer: Params) -> Params:
-    """One layer (or a stack) with q, k, v joined into `qkv` and gate, up into `gate_up`, unless one of them has an adapter
-    or they are large; the blocks take both forms."""
-    out = dict(layer)
-    for joined, parts in _FUSED.items():
-        size = sum(math.prod(layer[part].shape[-2:]) for part in parts)
-        if size > _FUSED_SIZE or any(f"{part}_a" in layer for part in parts):
-            continue
-        for suffix in ("", "_bias"):
-            if f"{parts[0]}{suffix}" in layer:
-                out[joined + suffix] = jnp.concatenate([out.pop(f"{part}{suffix}") for part in parts], axis=-1)
-    return out
-
-
-def unstack_layers(layers: Params, count: int) -> list[Params]:
-    """Stacked parameters [L, …] as one dict for each layer."""
-    parts = {name: [jnp.squeeze(p, 0) for p in jnp.split(value, count)] for name, value in layers.items()}
-    return [{name: parts[name][i] for name in parts} for i in range(count)]
-
-
 def run_layers(
-    config: ModelConfig,
-    layers: Params,
-    x: Float[Array, "B S D"],
-    rope: Rope,
-    attend: Attend,
-    carried: Any = None,
-    compute: Compute | None = None,
-) -> tuple[Float[Array, "B S D"], Any]:
-    """All blocks in order. `carried` is a pytree with a leading layer axis (a KV cache); its new version is returned."""
-    compute, specs = compute or Compute(), param_specs(config)
+    config: ModelConfig, layers: Params, x: Float[Array, "B S D"], rope: Rope, attend: Attend, compute: Compute
+) -> Float[Array, "B S D"]:
+    """All blocks in order: by one scan where the layers are stacked, one after the other where they lie apart (see
+    layout.py)."""
+    specs, apart = param_specs(config), isinstance(layers.get("0"), dict)
 
-    def block(x: jax.Array, inputs: tuple[Params, Any]) -> tuple[jax.Array, Any]:
-        layer, slot = inputs
+    def block(x: jax.Array, layer: Params) -> jax.Array:
         layer = gather_layer(specs, layer, compute.mesh, compute.dtype)
-        layer = fuse_layer(layer) if compute.fuse else layer
         q, k, v = (checkpoint_name(part, KEPT) for part in project_qkv(config, layer, x, rope))
-        attended, slot = attend(q, k, v, slot)
-        out = finish_block(config, layer, x, attended)
-        return constrain(out, compute.mesh, ("batch", "sequence", None)), slot
+        out = finish_block(config, layer, x, attend(q, k, v))
+        return constrain(out, compute.mesh, ("batch", "sequence", None))
 
     body = block
     if compute.remat != "none":
         policy = jax.checkpoint_policies.save_only_these_names(KEPT) if compute.remat == "attention" else None
-        body = jax.checkpoint(block, prevent_cse=not compute.scan_layers, policy=policy)
-    return jax.lax.scan(body, x, (layers, carried), unroll=1 if compute.scan_layers else config.num_hidden_layers)
+        body = jax.checkpoint(block, prevent_cse=apart, policy=policy)
+    if not apart:
+        return jax.lax.scan(lambda x, layer: (body(x, layer), None), x, layers)[0]
+    for i in range(config.num_hidden_layers):
+        x = body(x, layers[str(i)])
+    return x
 
 
 def embed(params: Params, tokens: Int[Array, "B S"], compute: Compute) -> Float[Array, "B S D"]:
@@ -220,12 +178,12 @@ def forward(
     its own segment up to itself; `positions` count from 0 inside each segment."""
     compute = compute or Compute()
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, slot: None) -> tuple[jax.Array, None]:
-        return sharded_attention(q, k, v, segments, compute.mesh), slot
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return sharded_attention(q, k, v, segments, compute.mesh)
 
     segments = constrain(segment_ids, compute.mesh, ("batch", None))  # each device attends over whole rows
     x = embed(params, tokens, compute)
-    x, _ = run_layers(config, params["layers"], x, rope_table(config, positions), attend, None, compute)
+    x = run_layers(config, params["layers"], x, rope_table(config, positions), attend, compute)
     return final_norm(config, params, x)
 
 

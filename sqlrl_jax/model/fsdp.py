@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from sqlrl_jax.mesh import partition_spec, split_axes
+from sqlrl_jax.model.layout import joined_spec
 from sqlrl_jax.model.params import Params, ParamSpec
 
 _GATHERED = ("fsdp", "sequence")
@@ -34,7 +35,7 @@ def gather_layer(specs: dict[str, ParamSpec], layer: Params, mesh: Mesh | None, 
 
 def _layout(specs: dict[str, ParamSpec], name: str, value: jax.Array) -> tuple[list[str | None], list[int]]:
     """Logical axes and their whole parts. An adapter's A [in, rank] and B [rank, out] lie as their matrix [in, out]."""
-    spec = specs.get(f"layers.{name}")
+    spec = joined_spec(specs, name) or specs.get(f"layers.{name}")
     if spec is not None:
         return list(spec.axes[1:]), list(spec.units[1:])
     matrix = specs[f"layers.{name[:-2]}"]

@@ -8,7 +8,6 @@ Left out: dropout, and adapters of the embedding and the head, which no recipe h
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,15 +59,21 @@ def init_adapters(specs: Mapping[str, ParamSpec], mesh: Mesh, seed: int, dtype: 
 
 
 def join(frozen: Params, trained: Params, lora: LoraConfig) -> Params:
-    """The parameters of a forward pass."""
+    """The parameters of a forward pass, of both in one layout: stacked, or each layer apart."""
     if not lora.rank:
         return trained
     scale = lora.alpha / lora.rank
-    adapters: dict[str, Any] = {
-        name: value * jnp.asarray(scale, value.dtype) if name.endswith("_b") else value
-        for name, value in trained["layers"].items()
-    }
-    return frozen | {"layers": frozen["layers"] | adapters}
+
+    def beside(base: Params, added: Params) -> Params:
+        out = dict(base)
+        for name, value in added.items():
+            if isinstance(value, dict):
+                out[name] = beside(base[name], value)
+            else:
+                out[name] = value * jnp.asarray(scale, value.dtype) if name.endswith("_b") else value
+        return out
+
+    return beside(frozen, trained)
 
 
 def merge(frozen: Params, trained: Params, lora: LoraConfig) -> Params:

@@ -62,7 +62,8 @@ def products(jaxpr: Any, trips: int, batched: bool) -> float:
         if equation.primitive.name == "dot_general":
             (contracted, _), (batch, _) = equation.params["dimension_numbers"]
             left = equation.invars[0].aval.shape
-            if bool(batch) == batched:
+            sums = min(v.aval.ndim for v in (*equation.invars, *equation.outvars)) < 2  # as products with a vector
+            if bool(batch) == batched and not sums:
                 total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
         times = {"scan": equation.params.get("length", 1), "while": trips}.get(equation.primitive.name, 1)
         for inner in jaxprs_in_params(equation.params):
@@ -76,9 +77,9 @@ def test_flops_with_weights_are_those_of_the_traced_step(remat, rank):
     given = config(f"trainer.policy.remat={remat}", f"trainer.policy.model.lora.rank={rank}")
     model = tiny_model.model_config(320)
     program = make_program(given, make_mesh(given.trainer.mesh, jax.devices()[:1]), model)
-    state, frozen, batch = program.abstract_state(), program.abstract_frozen(), program.abstract_batch()
+    state, frozen, batch = program.abstract_state(), program.abstract_frozen(), program.abstract_batches()
     gradients, sums = jax.eval_shape(program.zeros, state.params, frozen, batch)
-    traced = program.add.trace(gradients, sums, state.params, frozen, batch).jaxpr.jaxpr
+    traced = program.add.trace(gradients, sums, state.params, frozen, batch, 1).jaxpr.jaxpr
     cost = Cost(given, model, ONE, Episodes(128, 0.5))
     chosen = int(cost.tokens * 0.5)
     # Traced, the head's gradient is summed in a loop even where the head is frozen; the compiler drops that too.

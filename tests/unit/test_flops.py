@@ -32,7 +32,7 @@ def test_a_micro_batch_costs_what_xla_counts(remat: str) -> None:
     config = load(None, [f"{key}={value}" for key, value in settings.items()])
     mesh = make_mesh(config.trainer.mesh, jax.devices()[:1])
     program = make_program(config, mesh, MODEL)
-    batch, params = program.abstract_batch(), program.abstract_params()
+    batch, params = program.abstract_batches(), program.abstract_params()
     gradients, sums = jax.eval_shape(program.zeros, params, {}, batch)
-    counted = program.add.lower(gradients, sums, params, {}, batch).cost_analysis()["flops"]
+    counted = program.add.lower(gradients, sums, params, {}, batch, 1).cost_analysis()["flops"]
     assert counted == pytest.approx(Cost(config, MODEL, dict(mesh.shape), Episodes(ROW, 1.0)).flops().spent, rel=0.02)

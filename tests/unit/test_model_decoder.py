@@ -19,13 +19,12 @@ from sqlrl_jax.model.decoder import (
     apply_rope,
     finish_block,
     forward,
-    fuse_layer,
     project_qkv,
     rope_frequencies,
     rope_table,
     unembedding,
-    unstack_layers,
 )
+from sqlrl_jax.model.layout import Layout, join_parts, unstack_layers
 from sqlrl_jax.model.params import flatten, nest, param_specs, parameter_count
 
 QWEN2 = ModelConfig("qwen2", 61, 32, 48, 2, 4, 2, 8, attention_bias=True, tie_word_embeddings=True)
@@ -80,15 +79,17 @@ def test_scan_unrolled_and_remat_give_one_result() -> None:
     segments = np.array([[1] * 6 + [2] * 4, [1] * 8 + [0] * 2])
     weight = np.random.default_rng(2).normal(size=(2, 10, 32)).astype(np.float32)
 
-    def gradients(**how: object) -> dict:
+    def gradients(layout: Layout | None = None, **how: object) -> dict:
         def loss(p: dict) -> jax.Array:
+            p = layout.lay(p) if layout else p
             return (forward(config, p, tokens, tokens * 0 + np.arange(10), segments, Compute(**how)) * weight).sum()
 
         value, grads = jax.jit(jax.value_and_grad(loss))(params)
         return {"loss": value, **flatten(grads)}
 
     expected = gradients()
-    for how in ({"scan_layers": False}, {"remat": "full"}):
+    apart, joined = Layout(config.num_hidden_layers), Layout(config.num_hidden_layers, ("qkv", "gate_up"))
+    for how in ({"layout": apart}, {"layout": joined}, {"remat": "full"}, {"layout": apart, "remat": "full"}):
         for name, value in gradients(**how).items():
             np.testing.assert_allclose(value, expected[name], rtol=2e-4, atol=2e-4, err_msg=f"{name} with {how}")
 
@@ -176,7 +177,7 @@ def test_joined_matrices_give_the_same_block(config: ModelConfig) -> None:
     def run_block(layer: dict) -> tuple[jax.Array, ...]:
         return *project_qkv(config, layer, x, rope), finish_block(config, layer, x, attended)
 
-    for apart, joined in zip(run_block(layer), run_block(fuse_layer(layer)), strict=True):
+    for apart, joined in zip(run_block(layer), run_block(join_parts(layer)), strict=True):
         np.testing.assert_allclose(apart, joined, atol=1e-5)
 
 

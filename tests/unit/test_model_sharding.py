@@ -17,6 +17,7 @@ from sqlrl_jax.config import MeshConfig
 from sqlrl_jax.mesh import batch_sharding, make_mesh
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.decoder import Compute, forward, unembedding
+from sqlrl_jax.model.layout import layout_for
 from sqlrl_jax.model.params import flatten, nest, param_shardings, param_specs
 from sqlrl_jax.rl.logprobs import token_logprobs
 
@@ -56,12 +57,13 @@ def run(name, sizes, remat, scan, devices):
     params = nest({p: jax.device_put(v, shardings.get(p)) for p, v in flatten(params_of(name)).items()})
     inputs = [jax.device_put(x, batch_sharding(mesh)) for x in (tokens, positions, segments)]
     index, targets, weights = slots(mesh.shape["data"] * mesh.shape["fsdp"])
-    compute = Compute(mesh=mesh, remat=remat, scan_layers=scan)
+    compute = Compute(mesh=mesh, remat=remat)
+    layout = layout_for(param_specs(config), mesh, scan_layers=scan, apart=["q", "o", "down"] if name == "untied" else [])
 
     @jax.jit
     def loss(params, *inputs):
         def total(params):
-            hidden = forward(config, params, *inputs, compute)
+            hidden = forward(config, layout.lay(params), *inputs, compute)
             out = token_logprobs(hidden, unembedding(params), index, targets, jnp.int32(index.shape[1]),
                                  temperature=0.7, chunk=16, mesh=mesh)
             return (out.logprobs * weights[0] + out.entropy * weights[1]).sum(), out.greedy.sum()

@@ -152,8 +152,8 @@ class Text2SQL(Environment):
 
     def _partial(self, sql: str, predicted: Result) -> float:
         """What an answer that is not right earns. `SELECT 1` returns a row of any database, so a table must be read."""
-        found = predicted.status == "ok" and bool(predicted.rows) and reads_a_table(sql)
-        return self.config.environment.text2sql.partial_reward if found else 0.0
+        partial = self.config.environment.text2sql.partial_reward
+        return partial if partial and predicted.status == "ok" and predicted.rows and reads_a_table(sql) else 0.0
 
     def _count(self, result: Result) -> None:
         name = f"sql/{result.status}"

@@ -141,6 +141,8 @@ class TrainerConfig(Section):
     """Older checkpoints are deleted."""
     keep_best_ckpt: bool = True
     """Keep also the checkpoint of the highest evaluation accuracy, of the steps that are evaluated and saved."""
+    print_samples_interval: int = Field(10, ge=0)
+    """Print an episode, drawn from the step's, every so many steps, as a person reads it; 0 never."""
     hf_save_interval: int = Field(0, ge=0)
     """Export the model every so many steps to exports/step_N in run_dir, which are all kept; 0 only at the end, to export."""
     resume_mode: Literal["none", "latest"] = "none"

@@ -1,4 +1,4 @@
-"""What a run is about to do, in a dozen lines, and what its numbers say needs attention. Pure functions of figures."""
+"""What a run is about to do, in a dozen lines. A pure function of figures."""
 
 from __future__ import annotations
 
@@ -55,30 +55,3 @@ def plan_rows(
         ("run folder", run_dir),
         ("seed", str(trainer.seed)),
     ]
-
-
-def warnings_for(metrics: dict[str, float]) -> list[str]:
-    """What a step's metrics say that a person should act on."""
-    out = []
-    if metrics["outcome/malformed"] > 0.5:
-        out.append(
-            f"{metrics['outcome/malformed']:.0%} of the episodes gave no usable answer; read some in trajectories/ "
-            f"(is the format in the prompt, is max_generate_length too short?)"
-        )
-    if metrics["reward/groups_with_spread"] == 0:
-        out.append("every group got one and the same reward, so there was nothing to learn from")
-    if metrics.get("generate/groups_missing", 0) > 0:
-        out.append(
-            f"{metrics['generate/groups_missing']:.0f} groups with spread were missing after "
-            f"{metrics['generate/sample_batches']:.0f} batches of questions (dynamic_sampling.max_sample_batches); the "
-            f"questions have become too easy, or are too hard"
-        )
-    if metrics["policy/skipped_steps"] > 0:
-        out.append(f"gradients were not finite in {metrics['policy/skipped_steps']:.0f} update(s), which were skipped")
-    gap = metrics.get("policy/logprob_diff_max", 0.0)  # absent when nothing was trained on
-    if gap > 0.1:
-        out.append(
-            f"learner and rollout disagree on a token's log-probability by {gap:.2g}; "
-            f"are both on the same weights and temperature?"
-        )
-    return out

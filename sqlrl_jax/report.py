@@ -26,6 +26,7 @@ from markupsafe import Markup
 from rollout.errors import UserError
 from sqlrl_jax import report_episodes as episodes
 from sqlrl_jax.report_charts import WIDE, Chart, Entry, Series, curve, line_chart, own_charts, stacked_chart, value_of
+from sqlrl_jax.signals import all_signals
 
 # Filter the training episodes by outcome; open or close all episodes of a section.
 _SCRIPT = """
@@ -159,6 +160,7 @@ def _page(run_dir: Path, run: RunData) -> dict[str, Any]:
         "model": run.setting("trainer.policy.model.path", ""),
         "date": f"{datetime.fromtimestamp(min(times), UTC):%d %B %Y, %H:%M} UTC".lstrip("0") if times else "",
         "headlines": _headlines(run, times),
+        "signals": all_signals(run.train),
         "accuracy": _accuracy_chart(run),
         "reward": _reward_chart(run),
         "table": _source_table(run, after),

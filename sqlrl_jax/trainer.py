@@ -30,18 +30,20 @@ from sqlrl_jax.data.order import Shuffled, Supply, steps_per_epoch
 from sqlrl_jax.data.questions import Questions, load_questions
 from sqlrl_jax.display import Display, comparison, eval_line, step_line
 from sqlrl_jax.distributed import World
+from sqlrl_jax.episode_text import episode_text, pick
 from sqlrl_jax.evaluate import evaluate
 from sqlrl_jax.learner import Learner, build_learner
 from sqlrl_jax.mesh import make_mesh
 from sqlrl_jax.metrics import rollout_metrics
 from sqlrl_jax.model.hf import save_hf
 from sqlrl_jax.model.peft import save_peft
-from sqlrl_jax.plan import plan_rows, warnings_for
+from sqlrl_jax.plan import plan_rows
 from sqlrl_jax.report import write_report
 from sqlrl_jax.rl.advantages import Rewards, advantage_metrics, load_estimator
 from sqlrl_jax.rl.rewards import final_rewards
 from sqlrl_jax.run import Decode, Run, open_run
 from sqlrl_jax.shared_fleet import open_fleet
+from sqlrl_jax.signals import kept, new_signals
 from sqlrl_jax.stop import Stopped, StopSignal
 from sqlrl_jax.weights import Pusher, PushError
 
@@ -99,6 +101,7 @@ class Trainer:
         self.supply = self._supply()
         self.step = self._restore()
         run.forget_after(self.step if self.step else -1)
+        self.signals = [kept(metrics) for metrics in run.history("train")]
         self._plan()
         self.fleet = open_fleet(world, config, run.dir, display.print)
         stack.callback(self.fleet.close)
@@ -161,7 +164,7 @@ class Trainer:
         metrics |= batch.metrics | clock.metrics()
         metrics["generate/tokens_per_second"] = metrics["generate/tokens"] / metrics["timing/rollout"]
         self.run.log_metrics("train", self.step, metrics)
-        self._warn(metrics)
+        self._tell(metrics, batch)
         return metrics
 
     def _update(self, batch: Batch) -> dict[str, float]:
@@ -332,9 +335,15 @@ class Trainer:
         )
         self.display.plan(rows)
 
-    def _warn(self, metrics: dict[str, float]) -> None:
-        for text in warnings_for(metrics):
+    def _tell(self, metrics: dict[str, float], batch: Batch) -> None:
+        """Says what the step's metrics call for, and now and then shows one of its episodes."""
+        self.signals.append(kept(metrics))
+        for text in new_signals(self.signals):
             self.display.warn(f"step {self.step}: {text}")
+        trainer = self.config.trainer
+        if trainer.print_samples_interval and self.step % trainer.print_samples_interval == 0:
+            episode = pick(batch.episodes, trainer.seed, self.step)
+            self.display.print(episode_text(episode, self.data.by_id[episode.task_id], self.step))
 
 
 class Clock:

@@ -6,8 +6,8 @@ from rollout.types import Trajectory
 from sqlrl_jax.config import Config
 from sqlrl_jax.config_file import load
 from sqlrl_jax.display import Display, comparison, duration
-from sqlrl_jax.metrics import eval_metrics, rollout_metrics
-from sqlrl_jax.plan import plan_rows, warnings_for
+from sqlrl_jax.metrics import eval_metrics
+from sqlrl_jax.plan import plan_rows
 
 
 def episode(task: str, sample: int, outcome: str, source: str = "join") -> Trajectory:
@@ -53,18 +53,6 @@ def test_everything_printed_is_logged_without_colour():
     log: list[str] = []
     Display(log.append).warn("look here")
     assert log == ["warning: look here\n"]
-
-
-def test_warnings_name_what_to_look_at():
-    batch = rollout_metrics([episode("a", 0, "malformed"), episode("a", 1, "malformed")])
-    assert warnings_for({**batch, "policy/skipped_steps": 0.0}) == [
-        "100% of the episodes gave no usable answer; read some in trajectories/ "
-        "(is the format in the prompt, is max_generate_length too short?)",
-        "every group got one and the same reward, so there was nothing to learn from",
-    ]
-    fine = rollout_metrics([episode("a", 0, "wrong"), episode("a", 1, "correct")])
-    assert warnings_for({**fine, "policy/skipped_steps": 0.0, "policy/logprob_diff_max": 1e-5}) == []
-    assert len(warnings_for({**fine, "policy/skipped_steps": 1.0, "policy/logprob_diff_max": 0.5})) == 2
 
 
 def test_plan_names_model_mesh_and_memory():

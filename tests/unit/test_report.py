@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import math
 import random
 import re
@@ -83,6 +84,18 @@ def test_shows_the_figures_and_every_section(whole: tuple[str, _Page]) -> None:
     assert "Not recorded" not in page.text
     assert page.open == []
     assert len(source.encode()) < 1_500_000
+
+
+def test_warnings_are_on_the_page(whole: tuple[str, _Page], tmp_path: Path) -> None:
+    assert "What needed attention" not in whole[1].text
+    folder = make_run(tmp_path / "run", steps=6, questions=4)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["outcome/malformed"] = 0.8 if line["step"] >= 4 else 0.1
+    write_lines(folder / "metrics.jsonl", lines)
+    text = page_of(folder)[1].text
+    assert "What needed attention From step 4 on: 80% of the episodes gave no usable answer" in text
+    assert text.count("no usable answer") == 1
 
 
 def test_asks_for_nothing_from_elsewhere(whole: tuple[str, _Page]) -> None:

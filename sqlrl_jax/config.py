@@ -342,6 +342,9 @@ class DataConfig(Section):
     """Files of training questions: JSON lines of id, db_id, question, gold_sql, evidence; or SkyRL-SQL's parquet files."""
     val_data: tuple[str, ...] = ("data/demo/heldout.jsonl",)
     """Files of evaluation questions."""
+    order: Literal["shuffled", "learnable_first", "easy_first"] = "shuffled"
+    """Order of an epoch's questions. Beside shuffled, by the pass rates that the run has measured, from the second epoch on:
+    learnable_first begins with those nearest to a half, easy_first with the highest. Each is still asked once an epoch."""
     bad_gold: Literal["drop", "keep"] = "drop"
     """drop: training questions whose gold query fails, is empty, volatile, slow or ambiguous are left out and listed."""
     max_val_questions: int = Field(0, ge=0)

@@ -36,7 +36,8 @@ def rollout_metrics(episodes: Sequence[Trajectory]) -> dict[str, float]:
     asked = by_task(episodes).values()
     groups = [[e.reward for e in group] for group in asked]
     queries = [turn for e in episodes for turn in e.turns if turn.sql and turn.status != "solution"]
-    sampled = sum(sum(e.loss_mask) for e in episodes)
+    lengths = np.array([sum(e.loss_mask) for e in episodes])
+    sampled, rewarded = int(lengths.sum()), np.array([e.reward > 0 for e in episodes])
     out = {
         "reward/avg_raw_reward": _mean(e.reward for e in episodes),
         "reward/avg_pass_at_n": _mean(any(e.outcome == "correct" for e in group) for group in asked),
@@ -44,6 +45,11 @@ def rollout_metrics(episodes: Sequence[Trajectory]) -> dict[str, float]:
         "generate/episodes": float(len(episodes)),
         "generate/tokens": float(sampled),
         "generate/avg_num_tokens": sampled / len(episodes),
+        "generate/min_num_tokens": float(lengths.min()),
+        "generate/max_num_tokens": float(lengths.max()),
+        "generate/std_num_tokens": float(lengths.std()),
+        "generate/avg_tokens_non_zero_rewards": _mean(lengths[rewarded]),
+        "generate/avg_tokens_zero_rewards": _mean(lengths[~rewarded]),
         "generate/context_tokens": _mean(len(e.prompt_ids) + len(e.response_ids) for e in episodes),
         "generate/turns": _mean(len(e.turns) for e in episodes),
         "generate/looked_first": _mean(looked_first(e) for e in episodes),

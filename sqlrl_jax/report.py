@@ -303,6 +303,12 @@ def _optimizer_charts(run: RunData) -> list[Chart]:
         one("policy/entropy", "Entropy", "Mean entropy of the next-token distribution.", "nats per token"),
         one("policy/grad_norm", "Gradient norm", "Global norm before it is clipped.", "norm"),
         one("policy/clip_frac", "Clipped ratios", "Tokens whose probability ratio was clipped.", "% of tokens"),
+        one(
+            "policy/logprob_diff",
+            "Mismatch",
+            "Log-probability of learner less that of rollout, absolute.",
+            "nats per token",
+        ),
     ]
 
 

@@ -110,7 +110,7 @@ def mismatch_drift(history: History) -> str:
 
 
 def stale(history: History) -> str:
-    dropped, staleness = _of(history[-1], "async/groups_dropped"), _of(history[-1], "async/staleness_max")
+    dropped, staleness = _of(history[-1], "async/staleness_dropped"), _of(history[-1], "async/staleness_max")
     if not dropped > 0:
         return ""
     return (
@@ -149,7 +149,7 @@ SIGNALS: tuple[Callable[[History], str], ...] = (
 KEYS = (
     *("outcome/malformed", "outcome/correct", "reward/groups_with_spread", "reward/avg_raw_reward", "policy/entropy"),
     *("policy/logprob_diff", "policy/logprob_diff_max", "policy/skipped_steps", "sql/timeouts", "sql/queries"),
-    *("generate/groups_missing", "generate/sample_batches", "async/groups_dropped", "async/staleness_max"),
+    *("generate/groups_missing", "generate/sample_batches", "async/staleness_dropped", "async/staleness_max"),
 )
 """All metrics that the signals read."""
 

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,8 +26,9 @@ from sqlrl_jax.allocator import share_devices
 from sqlrl_jax.batches import Batch, SynchronousBatches, Watch
 from sqlrl_jax.checkpoint import Checkpoints
 from sqlrl_jax.config import Config
+from sqlrl_jax.data.curriculum import go_on, question_order
 from sqlrl_jax.data.gold import without_bad_golds
-from sqlrl_jax.data.order import Shuffled, Supply, steps_per_epoch
+from sqlrl_jax.data.order import Supply, steps_per_epoch
 from sqlrl_jax.data.questions import Questions, load_questions
 from sqlrl_jax.display import Display, comparison, eval_line, step_line
 from sqlrl_jax.distributed import World
@@ -98,6 +100,7 @@ class Trainer:
             run.checkpoints, trainer.max_ckpts_to_keep, trainer.keep_best_ckpt, self._exchange
         )
         stack.callback(self.checkpoints.close)
+        self.order = question_order(self.data.train, trainer.train_batch_size, trainer.seed, config.data.order)
         self.supply = self._supply()
         self.step = self._restore()
         run.forget_after(self.step if self.step else -1)
@@ -158,6 +161,7 @@ class Trainer:
         self.step += 1
         metrics |= self.push()
         self.batches.trained(batch)
+        self.order.tell(batch.episodes)
         clock.lap("push")
         written.result()  # tens of seconds of a large batch, beside the update and the push
         clock.lap("log")
@@ -218,7 +222,7 @@ class Trainer:
                 if (m["step"], m["max_turns"]) == (self.step, turns)
             ],
         )
-        self.checkpoints.save(self.step, self.learner, scores[-1] if scores else None, {"supply": self.supply.state})
+        self.checkpoints.save(self.step, self.learner, scores[-1] if scores else None, self._data_state())
 
     def export(self, folder: Path) -> None:
         """Writes the present weights as a Hugging Face folder."""
@@ -287,14 +291,20 @@ class Trainer:
             state = self.world.from_main("questions used so far", lambda: self.checkpoints.data(step))
             known = {"next": step * self.config.trainer.train_batch_size, "owed": []}  # all that older checkpoints need
             self.supply.restore(state["supply"] if state else known, {task.id: task for task in self.data.train})
+            go_on(self.order, state.get("order") if state else None)
         return step
+
+    def _data_state(self) -> dict[str, Any]:
+        """Which questions come next, for the checkpoint."""
+        return {"supply": self.supply.state, "order": self.order.state}
 
     def _supply(self) -> Supply:
         """The questions of all epochs, or of as many steps as there will be."""
         trainer = self.config.trainer
-        order = Shuffled(self.data.train, trainer.train_batch_size, trainer.seed)
         steps = self.total * trainer.train_batch_size
-        return Supply(order, len(order) * trainer.epochs if trainer.algorithm.dynamic_sampling.type else steps)
+        return Supply(
+            self.order, len(self.order) * trainer.epochs if trainer.algorithm.dynamic_sampling.type else steps
+        )
 
     def _total_steps(self) -> int:
         trainer = self.config.trainer

@@ -2,7 +2,7 @@
 
 `Shuffled` is the order: a pure function of seed and position. `Supply` hands its questions out and keeps the books: what
 was handed out is used, or owed again. Its state is small and part of every checkpoint, so a resumed run uses what is left,
-no more and no less. Another order has the two methods of `Order`.
+no more and no less. Another order has the methods of `Order`; curriculum.py has two.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rollout.errors import UserError
-from rollout.types import Task
+from rollout.types import Task, Trajectory
 
 
 def steps_per_epoch(tasks: int, batch_size: int) -> int:
@@ -31,6 +31,16 @@ class Order(Protocol):
     def at(self, position: int) -> Task:
         """The question at a position, from 0. Asked once for each new position, in turn."""
 
+    def tell(self, episodes: Sequence[Trajectory]) -> None:
+        """The groups of a batch that was trained on."""
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """JSON from which `restore` goes on; `kind` is the value of data.order."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from the `state` of an order of this kind."""
+
 
 class Shuffled:
     """Each epoch is another shuffle, and uses each question at most once; only full batches count."""
@@ -46,6 +56,16 @@ class Shuffled:
     def at(self, position: int) -> Task:
         epoch, index = divmod(position, self._length)
         return self._tasks[self._shuffle(epoch)[index]]
+
+    def tell(self, episodes: Sequence[Trajectory]) -> None:
+        """Makes no difference."""
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {"kind": "shuffled"}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing but seed and position counts."""
 
     def _shuffled(self, epoch: int) -> list[int]:
         order: list[int] = np.random.default_rng([self._seed, epoch]).permutation(len(self._tasks)).tolist()

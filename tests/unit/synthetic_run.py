@@ -69,7 +69,8 @@ def train_entry(step: int, steps: int, rng: random.Random) -> dict[str, Any]:
         "generate/turns": 1.3 + 1.6 * right, "generate/looked_first": min(1.0, 0.25 + 0.7 * right),
         "sql/error_rate": 0.28 - 0.2 * right, "sql/queries": 300.0, "policy/loss": rng.gauss(0, 0.02),
         "policy/grad_norm": 0.3 + 0.2 * rng.random(), "policy/clip_frac": 0.01 + 0.02 * rng.random(),
-        "policy/entropy": 0.9 - 0.6 * done, "timing/rollout": rollout, "timing/update": update, "timing/push": push,
+        "policy/entropy": 0.9 - 0.6 * done, "policy/logprob_diff": 1e-6 * (1 + done),
+        "timing/rollout": rollout, "timing/update": update, "timing/push": push,
         "timing/step": rollout + update + push + 0.3 + (4 if step % 10 == 0 else 0),
         "outcome/correct": right, **{f"outcome/{k}": left * v / norm for k, v in shares.items()},
     }  # fmt: skip

@@ -33,6 +33,17 @@ def test_rollout_metrics():
     assert m["outcome/malformed"] == 0.25
 
 
+def test_lengths_of_episodes_that_earned_something_and_that_did_not():
+    episodes = [episode("q", n, "correct" if n == 0 else "wrong") for n in range(3)]
+    for played, length in zip(episodes, (1, 4, 7), strict=True):
+        played.loss_mask = [1, 0] * length
+    m = rollout_metrics(episodes)
+    names = ("min_num_tokens", "avg_num_tokens", "max_num_tokens", "std_num_tokens")
+    assert [m[f"generate/{name}"] for name in names] == [1, 4, 7, pytest.approx(6**0.5)]
+    assert (m["generate/avg_tokens_non_zero_rewards"], m["generate/avg_tokens_zero_rewards"]) == (1, 5.5)
+    assert rollout_metrics(episodes[:1])["generate/avg_tokens_zero_rewards"] == 0
+
+
 def test_eval_metrics_by_source_and_samples():
     m = eval_metrics(
         [

@@ -110,7 +110,7 @@ def test_asks_for_nothing_from_elsewhere(whole: tuple[str, _Page]) -> None:
 def test_drawings_have_names_and_ids_of_their_own(whole: tuple[str, _Page]) -> None:
     source, page = whole
     drawings = [attributes for tag, attributes in page.elements if tag == "svg"]
-    assert len(drawings) == 12
+    assert len(drawings) == 13
     assert all(drawing.get("aria-label") and drawing["role"] == "img" for drawing in drawings)
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))

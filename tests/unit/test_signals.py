@@ -74,7 +74,7 @@ def test_a_healthy_run_is_silent():
         ({"policy__logprob_diff": lambda s: 1e-4 * s}, 18, "drift apart: 0.0016 a token, 0.0003 at the beginning"),
         ({"policy__skipped_steps": lambda s: float(s == 5)}, 5, "gradients were not finite in 1 update(s)"),
         ({"sql__timeouts": lambda s: 0.5 * s}, 12, "5% of the queries are too slow, 2% at the beginning"),
-        ({"async__groups_dropped": lambda s: 2.0 if s > 7 else 0.0, "async__staleness_max": 3.0}, 8, "(up to 3)"),
+        ({"async__staleness_dropped": lambda s: 2.0 if s > 7 else 0.0, "async__staleness_max": 3.0}, 8, "(up to 3)"),
     ],
 )
 def test_each_signal_begins_when_it_should(changes, step, words):

@@ -86,6 +86,11 @@ class RolloutClient:
     def addresses(self) -> list[str]:
         return [stub.address for stub in self._stubs]
 
+    @property
+    def playing(self) -> list[Stub]:
+        """The services that are asked for episodes."""
+        return [self._stubs[place] for place in self.players]
+
     def identify(self, run: str, epoch: int) -> None:
         """From now on only weights that this learner pushed count as the version asked for."""
         self._owner = (run, epoch)
@@ -129,7 +134,7 @@ class RolloutClient:
         """
         ledger = Ledger(tasks, n_samples)
         request = pb.RolloutRequest(
-            weights=self._weights(version),
+            weights=self.weights(version),
             n_samples=n_samples,
             sampling=wire.sampling_to_proto(sampling),
             seed=seed,
@@ -147,7 +152,8 @@ class RolloutClient:
         for stub in self._stubs:
             stub.close()
 
-    def _weights(self, version: int | None) -> pb.WeightsKey:
+    def weights(self, version: int | None) -> pb.WeightsKey:
+        """What a request for episodes of this learner's version names; None: of the one that all services have live."""
         if version is not None:
             return pb.WeightsKey(run=self._owner[0], epoch=self._owner[1], version=version)
         status = self.status()

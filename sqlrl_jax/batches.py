@@ -1,4 +1,4 @@
-"""Where a step's episodes come from: whole batches played one after another.
+"""Where a step's episodes come from: whole batches played one after another. streamed.py has those that never stop.
 
 A source hands the training loop one batch after another and is told when one was trained on. `Sieve` picks a batch's groups
 (a question with its episodes): all, or with trainer.algorithm.dynamic_sampling those whose rewards differ (DAPO,
@@ -24,8 +24,13 @@ from sqlrl_jax.data.order import Supply
 from sqlrl_jax.fleet import Fleet, sampling_params
 from sqlrl_jax.rl.rewards import final_rewards
 
-Group = list[Trajectory]
-"""All episodes of one question, by sample."""
+
+@dataclass(frozen=True)
+class Group:
+    """All episodes of one question, by sample; `position` is the question's in the supply."""
+
+    position: int
+    episodes: list[Trajectory]
 
 
 @dataclass(frozen=True)
@@ -52,14 +57,15 @@ class Watch:
 
 @dataclass(frozen=True)
 class Batch:
-    """The groups of one step, and what is to be said of how they came."""
+    """The groups of one step, and what is to be said of how they came. One question may be there twice, of two epochs, where
+    there are few; it is then one group to advantages and minibatches."""
 
     groups: list[Group]
     metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def episodes(self) -> list[Trajectory]:
-        return [episode for group in self.groups for episode in group]
+        return [episode for group in self.groups for episode in group.episodes]
 
 
 class Batches(Protocol):
@@ -105,20 +111,18 @@ class Sieve:
 
     def offer(self, group: Group) -> bool:
         """Takes a group into the batch, or leaves it out for want of spread (False)."""
-        rewards = final_rewards(group, self._config)
+        rewards = final_rewards(group.episodes, self._config)
         keep = not self._filters or bool(rewards.max() > rewards.min())
         (self.kept if keep else self.without_spread).append(group)
-        self._reward += float(np.mean([episode.reward for episode in group]))
+        self._reward += float(np.mean([episode.reward for episode in group.episodes]))
         return keep
 
     def batch(self) -> Batch:
         """The batch. Where the limit came first it is filled up with the last groups without spread, which teach nothing."""
         if not self._filters:
             return Batch(self.kept)
-        kept = {group[0].task_id for group in self.kept}
-        spare = {group[0].task_id: group for group in self.without_spread if group[0].task_id not in kept}
         missing = self._size - len(self.kept)
-        filling = list(spare.values())[-missing:] if missing else []
+        filling = self.without_spread[-missing:] if missing else []
         metrics = {
             "generate/sample_batches": self.offered / self._size,
             "generate/groups_without_spread": float(len(self.without_spread)),
@@ -133,21 +137,23 @@ class SynchronousBatches:
 
     def __init__(self, config: Config, supply: Supply, fleet: Fleet, watch: Watch) -> None:
         self._config, self._supply, self._fleet, self._watch = config, supply, fleet, watch
+        self._kept: list[int] = []
 
     def take(self, step: int) -> Batch | None:
         sieve, attempt = Sieve(self._config), 0
         while not sieve.done:
-            tasks = self._supply.take(sieve.wanted())
-            if not tasks:
-                self._supply.used(group[0].task_id for group in sieve.kept)
+            asked = self._supply.take(sieve.wanted()) or self._supply.take(sieve.wanted(), repeat=True)
+            if not asked:
+                self._supply.used(group.position for group in sieve.kept)
                 return None
-            for task, group in zip(tasks, groups_of(self._play(tasks, step, attempt)), strict=True):
+            episodes = groups_of(self._play([task for _, task in asked], step, attempt))
+            for (position, _), group in zip(asked, episodes, strict=True):
                 if sieve.done:
-                    self._supply.again([task.id])
-                elif not sieve.offer(group):
-                    self._supply.used([task.id])
+                    self._supply.again([position])
+                elif not sieve.offer(Group(position, group)):
+                    self._supply.used([position])
             attempt += 1
-        self._kept = [group[0].task_id for group in sieve.kept]
+        self._kept = [group.position for group in sieve.kept]
         return sieve.batch()
 
     def trained(self, batch: Batch) -> None:
@@ -171,7 +177,7 @@ class SynchronousBatches:
             )
 
 
-def groups_of(episodes: Sequence[Trajectory]) -> Iterator[Group]:
+def groups_of(episodes: Sequence[Trajectory]) -> Iterator[list[Trajectory]]:
     """Cuts episodes that lie question by question into groups."""
     for _, group in groupby(episodes, lambda episode: episode.task_id):
         yield list(group)

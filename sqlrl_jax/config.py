@@ -129,6 +129,9 @@ class TrainerConfig(Section):
     """Questions in one optimizer step; must divide train_batch_size."""
     update_epochs_per_batch: int = Field(1, ge=1)
     """Passes over each batch of episodes."""
+    max_staleness: int = Field(0, ge=0, le=64)
+    """Versions of the weights that an episode's oldest token may be behind those it trains; 0 waits for a whole batch of each
+    version, 1 plays the next batch while one is trained on, more never waits. docs/asynchronous.md."""
     max_prompt_length: int = Field(6000, ge=1)
     """Questions whose prompt has more tokens are dropped and counted."""
     eval_before_train: bool = True

@@ -7,13 +7,18 @@ still missing; the bridge's client counts every (question, sample) exactly once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rollout import bridge_pb2 as pb
 from rollout.client import RolloutClient
 from rollout.errors import InfrastructureError
+from rollout.stream import GroupStream
+from rollout.stub import BridgeError
 from rollout.types import SamplingParams, Task, Trajectory
+from sqlrl_jax.answer import Answer
 from sqlrl_jax.config import Config, SamplingConfig
 from sqlrl_jax.local_services import LocalServices
 
@@ -27,6 +32,24 @@ def sampling_params(config: SamplingConfig) -> SamplingParams:
     )
 
 
+class IdleMeter:
+    """How long engines computed nothing, from their own counters of busy seconds."""
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[str, int], tuple[float, float]] = {}
+
+    def shares(self, now: float, replies: Mapping[str, pb.StatusReply]) -> list[float]:
+        """Share of the time since the last call, of each service that tells and was there then."""
+        seen = {
+            (address, reply.pid): (now, reply.stats["busy_seconds"])
+            for address, reply in replies.items()
+            if "busy_seconds" in reply.stats
+        }
+        both = [(self._last[key], seen[key]) for key in seen if key in self._last]
+        self._last = seen
+        return [min(1.0, max(0.0, 1 - (busy - was) / (at - then))) for (then, was), (at, busy) in both if at > then]
+
+
 class Fleet:
     """All rollout services of a run. Close it to stop those that it started."""
 
@@ -35,6 +58,7 @@ class Fleet:
         self._say = say
         self._restarts = 0
         self._local = LocalServices(config, config_file, log_file)
+        self._idle = IdleMeter()
         self.republish: Callable[[], Any] = lambda: None
         """Pushes the present weights to every service; the trainer sets it."""
         addresses = list(config.generator.services) or self._start()
@@ -48,9 +72,23 @@ class Fleet:
     def _connect(self, addresses: Sequence[str]) -> RolloutClient:
         return RolloutClient(addresses, stall_timeout=self._config.bridge.stall_timeout)
 
-    def share(self, tasks: Sequence[Task]) -> Sequence[Task]:
-        """Those of `tasks` that this process has its services play: all."""
+    def share(self, tasks: Sequence[Task], turn: int = 0) -> Sequence[Task]:
+        """Those of `tasks` that this process has its services play: all, whichever `turn` it is."""
         return tasks
+
+    def agree(self, answer: Answer) -> list[Answer]:
+        """What each process heard: this is the only one."""
+        return [answer]
+
+    def stream(self) -> GroupStream:
+        """A stream of groups for training; it takes whatever version is live, from the one asked for on."""
+        generator = self._config.generator
+        return GroupStream(
+            self.client,
+            sampling_params(generator.sampling_params),
+            n_samples=generator.n_samples_per_prompt,
+            max_turns=generator.max_turns,
+        )
 
     def rollout(
         self,
@@ -92,6 +130,21 @@ class Fleet:
         self.client.wait_ready(self._config.bridge.start_timeout)
         self.republish()
         self._say(f"rollout service {address} is back with the present weights; asking again for the missing episodes")
+
+    def idle_metrics(self) -> dict[str, float]:
+        """The share of the time since the last call in which a service's engine computed nothing, mean over the services that
+        tell; empty when none does."""
+        try:
+            idle = self._idle.shares(time.monotonic(), self.client.status())
+        except BridgeError:  # whoever asks it for something will see to it
+            return {}
+        return {"async/rollout_idle": sum(idle) / len(idle)} if idle else {}
+
+    def recover(self, lost: Mapping[str, str]) -> None:
+        """Brings back the services that a stream has lost (address → why), unless somebody has done so already."""
+        for address, why in lost.items():
+            if address in self.client.addresses:
+                self.bring_back(address, BridgeError(address, why))
 
     def _count_loss(self, address: str, why: str) -> None:
         self._restarts += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sqlrl_jax.config import Config
+from sqlrl_jax.config_algorithm import CORRECTED_BY_THEMSELVES
 from sqlrl_jax.config_lora import describe
 
 
@@ -38,6 +39,7 @@ def plan_rows(
         ("devices", f"{devices}; mesh: {used}"),
         ("memory", f"{state / 2**20:,.0f} MiB a device for weights, gradients and optimizer state"),
         ("rollouts", f"{generator.backend} engine, services: {services}"),
+        *([("asynchrony", asynchrony(config))] if trainer.max_staleness else []),
         ("questions", f"{questions[0]:,} for training, {questions[1]:,} held out"),
         (
             "batch",
@@ -55,3 +57,25 @@ def plan_rows(
         ("run folder", run_dir),
         ("seed", str(trainer.seed)),
     ]
+
+
+def correction(config: Config) -> str:
+    """What weighs tokens that were sampled with other weights than those they train; empty when nothing does."""
+    algorithm = config.trainer.algorithm
+    settings, loss = algorithm.off_policy_correction, algorithm.policy_loss_type
+    if settings.tis_ratio_type == "token":
+        return f"importance sampling by token, up to {settings.token_tis_ratio_clip_high:g}"
+    if settings.tis_ratio_type == "sequence":
+        return f"importance sampling by episode, up to {settings.sequence_tis_ratio_clip_high:g}"
+    if settings.enabled and loss not in CORRECTED_BY_THEMSELVES:  # its ratio is to the learner's own policy
+        return ""
+    return f"{loss}'s ratio to the policy that sampled each token"
+
+
+def asynchrony(config: Config) -> str:
+    """How far behind episodes may be, and what corrects it."""
+    bound = config.trainer.max_staleness
+    return (
+        f"episodes up to {bound} version{'s' if bound > 1 else ''} of the weights behind; "
+        f"{'corrected by ' + correction(config) if correction(config) else 'nothing corrects that'}"
+    )

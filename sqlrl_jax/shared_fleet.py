@@ -10,46 +10,19 @@ Left out: giving a slow process's questions to another. Shares are equal and fix
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from rollout import bridge_pb2 as pb
-from rollout import wire
 from rollout.client import RolloutClient
 from rollout.errors import UserError
 from rollout.stub import BridgeError
 from rollout.types import SamplingParams, Task, Trajectory
+from sqlrl_jax.answer import Answer
 from sqlrl_jax.config import Config
 from sqlrl_jax.distributed import World
 from sqlrl_jax.fleet import Fleet
 from sqlrl_jax.meeting import is_loopback
 from sqlrl_jax.stop import Stopped
-
-
-@dataclass
-class Answer:
-    """What one process got of its share. `lost` are services (address, why); `stop` tells that it was asked to stop."""
-
-    episodes: list[Trajectory] = field(default_factory=list)
-    lost: list[tuple[str, str]] = field(default_factory=list)
-    stop: str = ""
-
-    def pack(self) -> bytes:
-        messages = [wire.trajectory_to_proto(episode).SerializeToString() for episode in self.episodes]
-        head = {"lost": self.lost, "stop": self.stop, "sizes": [len(message) for message in messages]}
-        return b"".join([json.dumps(head).encode(), b"\n", *messages])
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Answer:
-        line, _, body = data.partition(b"\n")
-        head, episodes, start = json.loads(line), [], 0
-        for size in head["sizes"]:
-            message = pb.Trajectory.FromString(body[start : start + size])
-            episodes.append(wire.trajectory_from_proto(message))
-            start += size
-        return cls(episodes, [(address, why) for address, why in head["lost"]], head["stop"])
 
 
 class SharedFleet(Fleet):
@@ -85,9 +58,13 @@ class SharedFleet(Fleet):
             players = list(range(index, len(addresses), count)) or [index % len(addresses)]
         return RolloutClient(addresses, stall_timeout=self._config.bridge.stall_timeout, players=players)
 
-    def share(self, tasks: Sequence[Task]) -> Sequence[Task]:
-        """Those of `tasks` that this process has its services play."""
-        return tasks[self._world.index :: self._world.count]
+    def share(self, tasks: Sequence[Task], turn: int = 0) -> Sequence[Task]:
+        """Those of `tasks` that this process has its services play; each `turn` begins with another process."""
+        return tasks[(self._world.index + turn) % self._world.count :: self._world.count]
+
+    def agree(self, answer: Answer) -> list[Answer]:
+        """What each process heard, in every process the same."""
+        return [Answer.unpack(data) for data in self._world.exchange("groups", answer.pack())]
 
     def rollout(
         self,
@@ -140,6 +117,12 @@ class SharedFleet(Fleet):
     def bring_back(self, address: str, error: Exception) -> None:
         """As Fleet.bring_back, in all processes."""
         self._mend({address: str(error)})
+
+    def recover(self, lost: Mapping[str, str]) -> None:
+        """As Fleet.recover, in all processes."""
+        present = {address: why for address, why in lost.items() if address in self.client.addresses}
+        if present:
+            self._mend(present)
 
     def _mend(self, lost: dict[str, str]) -> None:
         moved: dict[str, str] = {}

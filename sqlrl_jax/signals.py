@@ -91,7 +91,7 @@ def entropy_collapse(history: History) -> str:
 
 def mismatch(history: History) -> str:
     mean, largest = (_of(history[-1], f"policy/{name}") for name in ("logprob_diff", "logprob_diff_max"))
-    if not (mean > MISMATCH or largest > MISMATCH_MAX):
+    if _behind(history) or not (mean > MISMATCH or largest > MISMATCH_MAX):
         return ""
     return (
         f"learner and rollout disagree on log-probabilities by {mean:.2g} a token, at most {largest:.2g}; are both on the "
@@ -101,7 +101,7 @@ def mismatch(history: History) -> str:
 
 def mismatch_drift(history: History) -> str:
     first, now = _ends(history, lambda entry: _of(entry, "policy/logprob_diff"))
-    if not now > max(DRIFT * first, DRIFT_FLOOR):
+    if _behind(history) or not now > max(DRIFT * first, DRIFT_FLOOR):
         return ""
     return (
         f"log-probabilities of learner and rollout drift apart: {now:.2g} a token, {first:.2g} at the beginning; a push that "
@@ -109,12 +109,17 @@ def mismatch_drift(history: History) -> str:
     )
 
 
+def _behind(history: History) -> bool:
+    """Whether episodes were sampled with other weights than those they trained, which alone makes a difference."""
+    return _of(history[-1], "async/staleness_max") > 0
+
+
 def stale(history: History) -> str:
-    dropped, staleness = _of(history[-1], "async/staleness_dropped"), _of(history[-1], "async/staleness_max")
+    dropped = _of(history[-1], "async/staleness_dropped")
     if not dropped > 0:
         return ""
     return (
-        f"{dropped:.0f} group(s) were older than trainer.max_staleness allows (up to {staleness:.0f}), played for nothing: "
+        f"{dropped:.0f} group(s) were older than trainer.max_staleness allows, played for nothing: "
         f"episodes take longer than the updates beside them; raise max_staleness, add rollout services, or shorten episodes"
     )
 

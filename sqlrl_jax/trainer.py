@@ -23,7 +23,7 @@ import numpy as np
 from rollout.chat import load_tokenizer
 from rollout.errors import UserError
 from sqlrl_jax.allocator import share_devices
-from sqlrl_jax.batches import Batch, SynchronousBatches, Watch
+from sqlrl_jax.batches import Batch, Batches, SynchronousBatches, Watch
 from sqlrl_jax.checkpoint import Checkpoints
 from sqlrl_jax.config import Config
 from sqlrl_jax.data.curriculum import go_on, question_order
@@ -39,7 +39,7 @@ from sqlrl_jax.mesh import make_mesh
 from sqlrl_jax.metrics import rollout_metrics
 from sqlrl_jax.model.hf import save_hf
 from sqlrl_jax.model.peft import save_peft
-from sqlrl_jax.plan import plan_rows
+from sqlrl_jax.plan import correction, plan_rows
 from sqlrl_jax.report import write_report
 from sqlrl_jax.rl.advantages import Rewards, advantage_metrics, load_estimator
 from sqlrl_jax.rl.rewards import final_rewards
@@ -47,6 +47,7 @@ from sqlrl_jax.run import Decode, Run, open_run
 from sqlrl_jax.shared_fleet import open_fleet
 from sqlrl_jax.signals import kept, new_signals
 from sqlrl_jax.stop import Stopped, StopSignal
+from sqlrl_jax.streamed import StreamedBatches
 from sqlrl_jax.weights import Pusher, PushError
 
 
@@ -120,7 +121,8 @@ class Trainer:
         )
         self.fleet.republish = self.push
         self.watch = Watch(display.bar, stop.heed)
-        self.batches = SynchronousBatches(config, self.supply, self.fleet, self.watch)
+        source = StreamedBatches if trainer.max_staleness else SynchronousBatches
+        self.batches: Batches = source(config, self.supply, self.fleet, self.watch)
         stack.callback(self.batches.close)
         self.writer = stack.enter_context(ThreadPoolExecutor(1, "writer"))
         self.push()
@@ -148,7 +150,7 @@ class Trainer:
 
     def train_step(self) -> dict[str, float] | None:
         """One step: episodes, update, push. Returns and logs its metrics; None when no questions are left."""
-        clock = Clock()
+        trainer, clock = self.config.trainer, Clock()
         batch = self.batches.take(self.step)
         if batch is None:
             return None
@@ -165,8 +167,10 @@ class Trainer:
         clock.lap("push")
         written.result()  # tens of seconds of a large batch, beside the update and the push
         clock.lap("log")
-        metrics |= batch.metrics | clock.metrics()
-        metrics["generate/tokens_per_second"] = metrics["generate/tokens"] / metrics["timing/rollout"]
+        metrics |= batch.metrics | clock.metrics() | self.fleet.idle_metrics()
+        metrics["async/learner_idle"] = metrics["timing/rollout"] / metrics["timing/step"]
+        playing = "step" if trainer.max_staleness else "rollout"
+        metrics["generate/tokens_per_second"] = metrics["generate/tokens"] / metrics[f"timing/{playing}"]
         self.run.log_metrics("train", self.step, metrics)
         self._tell(metrics, batch)
         return metrics
@@ -344,6 +348,11 @@ class Trainer:
             run_dir=str(self.run.dir),
         )
         self.display.plan(rows)
+        if self.config.trainer.max_staleness and not correction(self.config):
+            self.display.warn(
+                "masks of trainer.algorithm.off_policy_correction drop tokens and episodes, but nothing weighs those that stay "
+                "and are behind (trainer.max_staleness): set its tis_ratio_type to token"
+            )
 
     def _tell(self, metrics: dict[str, float], batch: Batch) -> None:
         """Says what the step's metrics call for, and now and then shows one of its episodes."""

@@ -70,10 +70,10 @@ class Engine(ABC):
 
     @abstractmethod
     def session(self, order: int) -> Session:
-        """Opens a session. When places are short, lower `order` goes first.
+        """Opens a session. When places are short, lower `order` of a batch goes first, and an earlier batch before a later.
 
-        Open all sessions of a batch before awaiting anything: an engine that promises reproducible results waits for every
-        open session before it decides what to run next.
+        Open all sessions of a batch in order before awaiting anything: an engine that promises reproducible results waits
+        for every open session before it decides what to run next.
         """
 
     @abstractmethod

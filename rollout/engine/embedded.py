@@ -7,6 +7,8 @@ in ticks: admit, fill the cache, decode a chunk of tokens, look for stop strings
 Results repeat bit for bit: a tick begins only when every open session either waits for tokens or is closed. So what is
 computed together follows from the requests alone, however long environments take. The price is that all wait for the
 slowest environment; after `barrier_timeout` seconds of silence the engine goes on without it and counts that in its stats.
+With trainer.max_staleness, where weights change at any time and nothing repeats anyway, a tick waits for the environments
+only a fraction of the time that the last one took: long enough to compute most episodes together, too short to stall.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from sqlrl_jax.model.hf_files import CheckpointError
 from sqlrl_jax.model.served import Served
 
 _log = logging.getLogger(__name__)
+LINGER = 0.1  # of the last tick's time
 
 
 @dataclass
@@ -55,9 +58,8 @@ class _Request:
 class _EmbeddedSession(Session):
     """All fields are guarded by the engine's lock, but for `sequence`, which belongs to the engine's thread."""
 
-    def __init__(self, engine: EmbeddedEngine, order: int, serial: int) -> None:
-        self.engine = engine
-        self.rank = (order, serial)
+    def __init__(self, engine: EmbeddedEngine, rank: int) -> None:
+        self.engine, self.rank = engine, rank
         self.request: _Request | None = None
         self.sequence: slots.Sequence | None = None
         self.closed = False
@@ -85,6 +87,8 @@ class EmbeddedEngine(Engine):
         self._dtype = generator.inference_engine.dtype
         self._max_sequences = generator.inference_engine.max_sequences
         self._barrier_timeout = barrier_timeout
+        self._repeatable = config.trainer.max_staleness == 0
+        self._linger_until = 0.0
         self._slots = slots.Slots(self.model_config, self._dtype, generator.inference_engine.decode_chunk)
         self._served = Served(config.trainer.policy.model, self.model_config, self._dtype)
         self._slots.load(self._slots.prepare(self._served.start()))
@@ -114,7 +118,7 @@ class EmbeddedEngine(Engine):
     def session(self, order: int) -> Session:
         with self._changed:
             self._require_alive()
-            session = _EmbeddedSession(self, order, next(self._serial))
+            session = _EmbeddedSession(self, next(self._serial))
             self._sessions.add(session)
             self._idle += 1
             self._event()
@@ -251,7 +255,10 @@ class EmbeddedEngine(Engine):
                 with self._computing:
                     running = self._admit()
                     if running:
+                        began = time.monotonic()
                         self._tick(running)
+                        ended = time.monotonic()
+                        self._linger_until = ended + LINGER * (ended - began)
         except Exception as error:  # nobody may wait for a thread that has died
             _log.exception("the embedded engine failed")
             with self._changed:
@@ -263,7 +270,7 @@ class EmbeddedEngine(Engine):
         with self._changed:
             while not self._failure:
                 self._reap()
-                left = self._last_event + self._barrier_timeout - time.monotonic()
+                left = self._patience()
                 if self._paused or len(self._sessions) == self._idle:
                     self._changed.wait()
                 elif not self._idle and any(s.request is not None for s in self._sessions):
@@ -272,9 +279,16 @@ class EmbeddedEngine(Engine):
                     self._changed.wait()
                 elif left > 0:
                     self._changed.wait(left)
-                else:
+                elif self._repeatable:
                     self._give_up_waiting()
+                else:
+                    return True
             return False
+
+    def _patience(self) -> float:
+        """Seconds that sessions without a request may still hold up the others."""
+        until = self._last_event + self._barrier_timeout if self._repeatable else self._linger_until
+        return until - time.monotonic()
 
     def _give_up_waiting(self) -> None:
         self._barrier_timeouts += 1

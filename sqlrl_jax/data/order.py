@@ -75,15 +75,15 @@ class Shuffled:
 class Supply:
     """Hands out the first `limit` positions of an order, and sees to it that each is used once.
 
-    A question that is out does not go out a second time: groups are told apart by their question. What comes back unused
-    (its service died, its weights are too old, the batch was full) is handed out again before anything new.
+    What comes back unused (its service died, its weights are too old, the batch was full) is handed out again before anything
+    new. A question that is out is not handed out at another position, as long as there are others.
     """
 
     def __init__(self, order: Order, limit: int) -> None:
         self._order, self._limit = order, limit
         self._next = 0
         self._owed: dict[int, Task] = {}
-        self._out: dict[str, tuple[int, Task]] = {}
+        self._out: dict[int, Task] = {}
 
     @property
     def out(self) -> int:
@@ -95,42 +95,47 @@ class Supply:
         """Whether every position was used."""
         return self._next == self._limit and not self._owed and not self._out
 
-    def take(self, count: int) -> list[Task]:
-        """Up to `count` questions; fewer when all others are out or used."""
-        taken: list[Task] = []
+    def take(self, count: int, repeat: bool = False) -> list[tuple[int, Task]]:
+        """Up to `count` positions and their questions, which are all different; fewer when all others are out or used.
+
+        `repeat` also hands out those that are out at another position.
+        """
+        taken: list[tuple[int, Task]] = []
+        shunned = set() if repeat else {task.id for task in self._out.values()}
+
+        def hand_out(position: int, task: Task) -> None:
+            self._out[position] = task
+            taken.append((position, task))
+            shunned.add(task.id)
+
         for position in sorted(self._owed):
-            if len(taken) < count and self._owed[position].id not in self._out:
-                taken.append(self._hand_out(position, self._owed.pop(position)))
+            if len(taken) < count and self._owed[position].id not in shunned:
+                hand_out(position, self._owed.pop(position))
         # Two epochs hold a whole one, and so a question that is not out, if there is any.
         while len(taken) < count and self._next < self._limit and len(self._owed) < 2 * len(self._order):
             position, task = self._next, self._order.at(self._next)
             self._next += 1
-            if task.id in self._out:
+            if task.id in shunned:
                 self._owed[position] = task
             else:
-                taken.append(self._hand_out(position, task))
+                hand_out(position, task)
         return taken
 
-    def used(self, ids: Iterable[str]) -> None:
+    def used(self, positions: Iterable[int]) -> None:
         """These were trained on, or looked at and left out: they are done with."""
-        for name in ids:
-            del self._out[name]
+        for position in positions:
+            del self._out[position]
 
-    def again(self, ids: Iterable[str]) -> None:
+    def again(self, positions: Iterable[int]) -> None:
         """These were not used and are owed."""
-        for name in ids:
-            position, task = self._out.pop(name)
-            self._owed[position] = task
-
-    def place(self, task_id: str) -> int:
-        """The position of a question that is out."""
-        return self._out[task_id][0]
+        for position in positions:
+            self._owed[position] = self._out.pop(position)
 
     @property
     def state(self) -> dict[str, Any]:
         """JSON from which `restore` goes on. What is out counts as owed: whoever resumes has none of it."""
-        owed = [(position, task.id) for position, task in (*self._owed.items(), *self._out.values())]
-        return {"next": self._next, "owed": sorted(owed)}
+        owed = self._owed | self._out
+        return {"next": self._next, "owed": [(position, owed[position].id) for position in sorted(owed)]}
 
     def restore(self, state: Mapping[str, Any], tasks: Mapping[str, Task]) -> None:
         """Goes on from `state`. Raises UserError when a question that is owed is no longer among `tasks`, by id."""
@@ -143,7 +148,3 @@ class Supply:
         self._next = state["next"]
         self._owed = {position: tasks[name] for position, name in state["owed"]}
         self._out = {}
-
-    def _hand_out(self, position: int, task: Task) -> Task:
-        self._out[task.id] = (position, task)
-        return task

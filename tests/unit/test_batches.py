@@ -76,7 +76,7 @@ def take(batches, step):
 
 
 def names(batch):
-    return [group[0].task_id for group in batch.groups]
+    return [group.episodes[0].task_id for group in batch.groups]
 
 
 def test_without_it_a_batch_is_asked_once_and_taken_as_it_is():
@@ -97,7 +97,7 @@ def test_a_batch_is_full_of_groups_with_spread():
         batch = take(batches, step)
         assert len(batch.groups) == BATCH
         assert all(some(name, step) for name in names(batch))
-        assert all([e.sample for e in group] == [0, 1] for group in batch.groups)
+        assert all([e.sample for e in group.episodes] == [0, 1] for group in batch.groups)
         assert batch.metrics["generate/groups_missing"] == 0
         assert batch.metrics["generate/sample_batches"] > 1
     assert len({seed for _, seed, _ in fleet.asked}) == len(fleet.asked)  # a question asked again is played anew

@@ -1,5 +1,6 @@
 """What a person reads: the plan, lines, tables, warnings."""
 
+import pytest
 from rich.console import Console
 
 from rollout.types import Trajectory
@@ -7,7 +8,7 @@ from sqlrl_jax.config import Config
 from sqlrl_jax.config_file import load
 from sqlrl_jax.display import Display, comparison, duration
 from sqlrl_jax.metrics import eval_metrics
-from sqlrl_jax.plan import plan_rows
+from sqlrl_jax.plan import asynchrony, correction, plan_rows
 
 
 def episode(task: str, sample: int, outcome: str, source: str = "join") -> Trajectory:
@@ -70,3 +71,19 @@ def test_plan_names_model_mesh_and_memory():
     adapted = rows(load(None, [*lora, "trainer.policy.compute_dtype=bfloat16"]), 1 << 20)
     assert adapted["memory"].startswith("4 MiB a device")  # 2 bytes a frozen number, 16 a trained one, over 8 devices
     assert adapted["training"].startswith("adapters of rank 4 and alpha 16 on q_proj: 1.05M numbers, float32")
+
+
+@pytest.mark.parametrize(
+    ("settings", "corrected"),
+    [
+        ([], "corrected by ppo's ratio to the policy that sampled each token"),
+        (["tis_ratio_type=token"], "corrected by importance sampling by token, up to 2"),
+        (["tis_ratio_type=sequence"], "corrected by importance sampling by episode, up to 5"),
+        (["sequence_mask_metric=geometric"], "nothing corrects that"),
+    ],
+)
+def test_the_plan_says_what_corrects_stale_episodes(settings, corrected):
+    key = "trainer.algorithm.off_policy_correction"
+    config = load(None, ["trainer.max_staleness=2", *(f"{key}.{setting}" for setting in settings)])
+    assert asynchrony(config) == f"episodes up to 2 versions of the weights behind; {corrected}"
+    assert bool(correction(config)) == corrected.startswith("corrected")

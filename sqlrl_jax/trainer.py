@@ -350,8 +350,8 @@ class Trainer:
         self.display.plan(rows)
         if self.config.trainer.max_staleness and not correction(self.config):
             self.display.warn(
-                "masks of trainer.algorithm.off_policy_correction drop tokens and episodes, but nothing weighs those that stay "
-                "and are behind (trainer.max_staleness): set its tis_ratio_type to token"
+                "the masks of trainer.algorithm.off_policy_correction drop tokens and episodes, but nothing weighs those "
+                "that stay and are behind (trainer.max_staleness): set its tis_ratio_type to token"
             )
 
     def _tell(self, metrics: dict[str, float], batch: Batch) -> None:

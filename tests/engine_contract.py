@@ -144,11 +144,13 @@ def goes_on_with_new_weights(
     np.testing.assert_allclose(rest.logprobs, generation.logprobs[start:], atol=1e-4)
 
 
-def keeps_its_weights_when_others_do_not_fit(engine: Any, new: Mapping[str, np.ndarray]) -> None:
-    """`new` fits; what is made of it here does not."""
+def keeps_its_weights_when_others_do_not_fit(
+    engine: Any, new: Mapping[str, np.ndarray], ending: str = "0.mlp.up_proj.weight"
+) -> None:
+    """`new` fits; what is made of it and its tensor of that ending here does not."""
     greedy = SamplingParams(temperature=0.0, max_tokens=12, stop=())
     before, version = generate(engine, prompt(engine, 1), greedy), engine.version
-    name = next(n for n in new if n.endswith("0.mlp.up_proj.weight"))
+    name = next(n for n in new if n.endswith(ending))
     for wrong in (
         {k: v for k, v in new.items() if k != name},
         {**new, "model.layers.0.mlp.side_proj.weight": new[name]},

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from rollout.engine.base import EngineError
 from rollout.types import TensorSpec
+from sqlrl_jax.config_lora import LoraConfig, targets
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.hf_files import read_index
 
@@ -34,3 +35,15 @@ def full_manifest(folder: str | Path, dtype: str) -> list[TensorSpec]:
             raise EngineError(f"{file} is damaged or incomplete ({error}): copy it again") from error
     kept = {n: s for n, s in shapes.items() if not _COMPUTED.fullmatch(n) and not (tied and n == _HEAD)}
     return [TensorSpec(name, shape, dtype) for name, shape in kept.items()]
+
+
+def adapter_manifest(folder: str | Path, lora: LoraConfig, dtype: str) -> list[TensorSpec]:
+    """The same of the adapters of that model, by PEFT's names. Raises EngineError, CheckpointError."""
+    adapted = tuple(f".{name}_proj.weight" for name in targets(lora))
+    out = []
+    for spec in full_manifest(folder, dtype):
+        if spec.name.endswith(adapted):
+            stem, (outer, inner) = f"base_model.model.{spec.name.removesuffix('.weight')}", spec.shape
+            out.append(TensorSpec(f"{stem}.lora_A.weight", (lora.rank, inner), dtype))
+            out.append(TensorSpec(f"{stem}.lora_B.weight", (outer, lora.rank), dtype))
+    return out

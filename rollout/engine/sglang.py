@@ -4,7 +4,7 @@ What an episode's turns have in common is found again in SGLang's radix cache, s
 way. Log-probabilities come as the learner compares them: of the temperature-scaled distribution, not renormalised for
 top-p (of the plain one where temperature is 0). New weights are loaded between two decoding steps: running turns are
 retracted, every cached prefix is dropped, and the turns go on from their tokens on the new weights; their spans come from
-SGLang's own record.
+SGLang's own record. New adapters stop nothing (sglang_lora.py): a turn ends on those that it began with.
 
 Stop strings need the tokenizer inside SGLang, so it is loaded there too. SGLang looks for a stop string only in as many last
 tokens as its usual spelling takes; one that the model spelled in more is found here, and what follows it is cut off.
@@ -16,19 +16,19 @@ generator.inference_engine.engine_init_kwargs, and `order` is ignored, because S
 from __future__ import annotations
 
 import asyncio
-import bisect
 import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rollout.chat import Chat, load_tokenizer
 from rollout.engine.base import Engine, EngineError, Session
-from rollout.engine.hf_tensors import full_manifest
+from rollout.engine.hf_tensors import adapter_manifest, full_manifest
+from rollout.engine.sglang_arguments import MARGIN, engine_arguments
+from rollout.engine.sglang_lora import Adapters
 from rollout.engine.sglang_runtime import Runtime
+from rollout.engine.sglang_turn import Turn, generate_request, read_generation, read_scores, score_request
 from rollout.engine.sglang_weights import load
 from rollout.manifest import Refused, check_manifest
 from rollout.types import Generation, SamplingParams, TensorSpec
@@ -37,52 +37,8 @@ from sqlrl_jax.model.config import ModelConfig
 if TYPE_CHECKING:
     from sqlrl_jax.config import Config
 
-_MARGIN = 6
-"""Tokens of a context that SGLang keeps for itself: a prompt may have 6 fewer, prompt and output together 2 fewer."""
 _CONTROL_SECONDS = 120.0
 _ABORT_SECONDS = 1.0
-# What this engine decides itself, or cannot work with.
-_RESERVED = frozenset(
-    {"model_path", "tokenizer_path", "context_length", "dtype", "tp_size", "max_running_requests", "weight_version"}
-    | {"skip_tokenizer_init", "dp_size", "tokenizer_worker_num", "enable_lora"}
-)
-
-
-def engine_arguments(config: Config, max_context: int) -> dict[str, Any]:
-    """The arguments of SGLang's Engine. Raises EngineError for one that is not free to be set."""
-    engine = config.generator.inference_engine
-    extra = dict(engine.engine_init_kwargs)
-    taken = sorted(_RESERVED & extra.keys())
-    if taken:
-        raise EngineError(
-            f"generator.inference_engine.engine_init_kwargs: {taken[0]} is not free: it follows from other settings"
-        )
-    out: dict[str, Any] = {
-        "model_path": config.trainer.policy.model.path,
-        "context_length": max_context + _MARGIN,
-        "dtype": engine.dtype,
-        "tp_size": engine.tensor_parallel_size,
-        "max_running_requests": engine.max_sequences,
-        "weight_version": "0",
-        "log_level": "warning",
-    }
-    if engine.gpu_memory_utilization is not None:
-        out["mem_fraction_static"] = engine.gpu_memory_utilization
-    if engine.quantization:
-        out["quantization"] = engine.quantization
-    return out | extra
-
-
-@dataclass
-class _Turn:
-    """One turn being generated. `end` says why it ends early: "" not at all, "abort", or else an error."""
-
-    ids: list[int]
-    params: SamplingParams
-    seed: int
-    rid: str = field(default_factory=lambda: uuid.uuid4().hex)
-    task: asyncio.Task[Any] | None = None
-    end: str = ""
 
 
 class _SglangSession(Session):
@@ -90,11 +46,11 @@ class _SglangSession(Session):
 
     def __init__(self, engine: SglangEngine) -> None:
         self.engine = engine
-        self.turn: _Turn | None = None
+        self.turn: Turn | None = None
         self.closed = False
 
     async def generate(self, input_ids: Sequence[int], params: SamplingParams, seed: int) -> Generation:
-        return await self.engine._generate(self, _Turn(list(input_ids), params, seed))
+        return await self.engine._generate(self, Turn(list(input_ids), params, seed))
 
     def close(self) -> None:
         self.engine._close_session(self)
@@ -109,14 +65,16 @@ class SglangEngine(Engine):
     def __init__(self, config: Config, on_failure: Callable[[str], None] = lambda why: None) -> None:
         generator = config.generator
         self.tokenizer_dir = config.trainer.policy.model.path
-        if config.trainer.policy.model.lora.rank:
-            raise EngineError("generator.backend = sglang takes whole weights: set trainer.policy.model.lora.rank to 0")
+        lora, dtype = config.trainer.policy.model.lora, generator.inference_engine.dtype
         self.model_config = ModelConfig.from_dir(self.tokenizer_dir)
         self.chat = Chat(load_tokenizer(self.tokenizer_dir))
         self._ends = sorted(self.chat.end_ids | set(self.model_config.eos_token_ids))
-        self._manifest = full_manifest(self.tokenizer_dir, generator.inference_engine.dtype)
+        if lora.rank:
+            self._manifest = adapter_manifest(self.tokenizer_dir, lora, dtype)
+        else:
+            self._manifest = full_manifest(self.tokenizer_dir, dtype)
         new_tokens = max(generator.sampling_params.max_generate_length, generator.eval_sampling().max_generate_length)
-        longest = self.model_config.max_position_embeddings - _MARGIN
+        longest = self.model_config.max_position_embeddings - MARGIN
         self.max_context = min(longest, generator.max_input_length + new_tokens)
         arguments = engine_arguments(config, self.max_context)
         self._seeded = bool(arguments.get("enable_deterministic_inference"))
@@ -125,14 +83,23 @@ class SglangEngine(Engine):
         self._version, self._paused, self._doubt = 0, False, ""
         self._lock = threading.Lock()  # guards what follows, and sessions and turns
         self._updating = threading.Lock()  # held while weights change or generation is stopped or started
-        self._turns: dict[str, _Turn] = {}
+        self._turns: dict[str, Turn] = {}
         self._sessions = 0
         self._counters = dict.fromkeys(("generated_tokens", "prefill_tokens", "prefix_hit_tokens", "retractions"), 0)
         self._busy, self._busy_since = 0.0, 0.0
         self._runtime = Runtime(arguments, config.bridge.start_timeout, on_failure)
-        if self._runtime.input_limit < self.max_context:
-            limit = self._runtime.input_limit
+        try:
+            self._require_room()
+            self._adapters = (
+                Adapters(self._runtime, lora, self.tokenizer_dir, dtype, self._ranks) if lora.rank else None
+            )
+        except BaseException:
             self._runtime.close()
+            raise
+
+    def _require_room(self) -> None:
+        limit = self._runtime.input_limit
+        if limit < self.max_context:
             raise EngineError(
                 f"SGLang's KV cache has room for prompts of {limit - 1} tokens, but episodes may grow to {self.max_context}:"
                 " raise generator.inference_engine.gpu_memory_utilization or tensor_parallel_size, or lower"
@@ -169,6 +136,11 @@ class SglangEngine(Engine):
             check_manifest(given, self._manifest)
         except Refused as error:
             raise EngineError(f"weights of version {version} were refused: {error}") from error
+        if self._adapters is not None:
+            with self._updating:
+                self._adapters.load(tensors, version)
+                self._version = version
+                return 0.0
         with self._updating:
             paused, stopped = self._paused, time.monotonic()
             if not paused:
@@ -227,6 +199,7 @@ class SglangEngine(Engine):
         counters["generated_tokens"] += sum(len(state.output_ids) for state in under_way if state is not None)
         active = min(turns, self._max_running)
         sizes = {"sessions": sessions, "active": active, "waiting": turns - active}
+        sizes["adapters"] = self._adapters.count if self._adapters else 0
         return {name: float(value) for name, value in (counters | sizes).items()} | {"busy_seconds": busy}
 
     def close(self) -> None:
@@ -239,13 +212,14 @@ class SglangEngine(Engine):
 
     # What sessions call, in the event loop of the service.
 
-    async def _generate(self, session: _SglangSession, turn: _Turn) -> Generation:
+    async def _generate(self, session: _SglangSession, turn: Turn) -> Generation:
         self._check(turn)
         with self._lock:
             self._require_alive()
             if session.closed or session.turn is not None:
                 raise EngineError("a session generates one turn at a time, and none after it is closed")
             session.turn = turn
+            turn.adapter = self._adapters.take() if self._adapters else None
             if not self._turns:
                 self._busy_since = time.monotonic()
             self._turns[turn.rid] = turn
@@ -262,6 +236,8 @@ class SglangEngine(Engine):
                 del self._turns[turn.rid]
                 if not self._turns:
                     self._busy += time.monotonic() - self._busy_since
+            if self._adapters and turn.adapter:
+                self._adapters.give_back(turn.adapter)
 
     def _close_session(self, session: _SglangSession) -> None:
         with self._lock:
@@ -272,7 +248,7 @@ class SglangEngine(Engine):
             if session.turn is not None:
                 self._end_turn(session.turn, "abort")
 
-    def _check(self, turn: _Turn) -> None:
+    def _check(self, turn: Turn) -> None:
         self._check_ids(turn.ids)
         if turn.params.max_tokens < 1:
             raise EngineError(f"max_tokens = {turn.params.max_tokens}: at least 1 is needed")
@@ -299,14 +275,14 @@ class SglangEngine(Engine):
         for turn in self._turns.values():
             self._end_turn(turn, why)
 
-    def _end_turn(self, turn: _Turn, why: str) -> None:
+    def _end_turn(self, turn: Turn, why: str) -> None:
         turn.end = turn.end or why
         if not self._runtime.failure:
             self._runtime.loop.call_soon_threadsafe(self._cut_short, turn)
 
     # Everything below runs in SGLang's loop.
 
-    def _cut_short(self, turn: _Turn) -> None:
+    def _cut_short(self, turn: Turn) -> None:
         """Asks SGLang for what there is of an aborted turn; one that it does not have yet, or an error, just ends."""
         if turn.task is None:
             return
@@ -316,7 +292,7 @@ class SglangEngine(Engine):
         self._runtime.manager.abort_request(turn.rid)
         self._runtime.loop.call_later(_ABORT_SECONDS, turn.task.cancel)
 
-    async def _run(self, turn: _Turn) -> Generation:
+    async def _run(self, turn: Turn) -> Generation:
         from fastapi import HTTPException
 
         turn.task = asyncio.current_task()
@@ -337,66 +313,29 @@ class SglangEngine(Engine):
 
     async def _score(self, ids: list[int]) -> list[float]:
         from fastapi import HTTPException
-        from sglang.srt.managers.io_struct import GenerateReqInput
 
-        sampling = {"temperature": 1.0, "max_new_tokens": 0}
-        request = GenerateReqInput(input_ids=ids, sampling_params=sampling, return_logprob=True, logprob_start_len=0)
+        adapter = self._adapters.take() if self._adapters else None
         try:
-            async with aclosing(self._runtime.manager.generate_request(request, None)) as answers:
+            async with aclosing(self._runtime.manager.generate_request(score_request(ids, adapter), None)) as answers:
                 whole = [answer async for answer in answers]
         except (ValueError, HTTPException) as error:
             raise EngineError(f"SGLang refused to score a sequence: {error}") from error
-        logprobs = whole[-1]["meta_info"]["input_token_logprobs"]
-        if len(logprobs) != len(ids):
-            raise EngineError(f"SGLang scored {len(logprobs)} of {len(ids)} tokens")
-        return [float(entry[0]) for entry in logprobs[1:]]  # the first has nothing before it
+        finally:
+            if self._adapters and adapter:
+                self._adapters.give_back(adapter)
+        return read_scores(ids, whole[-1])
 
-    def _request(self, turn: _Turn) -> Any:
-        from sglang.srt.managers.io_struct import GenerateReqInput
+    def _request(self, turn: Turn) -> Any:
+        return generate_request(turn, self._ends, self.max_context, self._seeded)
 
-        params = turn.params
-        sampling: dict[str, Any] = {
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "max_new_tokens": min(params.max_tokens, self.max_context - len(turn.ids)),
-            "stop": list(params.stop),
-            "stop_token_ids": self._ends,
-            "no_stop_trim": True,
-        }
-        if self._seeded:
-            sampling["sampling_seed"] = turn.seed
-        return GenerateReqInput(
-            rid=turn.rid, input_ids=turn.ids, sampling_params=sampling, return_logprob=True, logprob_start_len=-1
-        )
-
-    def _generation(self, turn: _Turn, answer: dict[str, Any]) -> Generation:
+    def _generation(self, turn: Turn, answer: dict[str, Any]) -> Generation:
         meta = answer["meta_info"]
-        ids = list(answer["output_ids"])
-        logprobs = [float(entry[0]) for entry in meta.get("output_token_logprobs", [])]
-        kind = meta["finish_reason"]["type"]
-        if len(logprobs) != len(ids):
-            if kind != "abort":
-                raise EngineError(f"SGLang gave {len(ids)} tokens and {len(logprobs)} log-probabilities")
-            ids, logprobs = ids[: len(logprobs)], logprobs[: len(ids)]
         with self._lock:
-            self._counters["generated_tokens"] += len(ids)
+            self._counters["generated_tokens"] += len(answer["output_ids"])
             self._counters["prefix_hit_tokens"] += meta.get("cached_tokens", 0)
             self._counters["prefill_tokens"] += len(turn.ids) - meta.get("cached_tokens", 0)
             self._counters["retractions"] += meta.get("num_retractions", 0)
-        keep = self._first_stop(ids, turn.params.stop)
-        reason = "stop" if keep < len(ids) else kind
-        spans = [(int(s["version"]), s["start"], min(s["end"], keep)) for s in meta.get("weight_versions", [])]
-        spans = [span for span in spans if span[1] < span[2]]
-        return Generation(ids[:keep], logprobs[:keep], reason, spans)
-
-    def _first_stop(self, ids: list[int], stop: tuple[str, ...]) -> int:
-        """How many ids there are up to the one that completes the first stop string; all, without one."""
-
-        def found(count: int) -> bool:
-            text = self.chat.decode(ids[:count])
-            return any(string in text for string in stop)
-
-        return bisect.bisect_left(range(1, len(ids)), True, key=found) + 1 if found(len(ids)) else len(ids)
+        return read_generation(turn, answer, self.chat.decode)
 
     # Stopping and starting; `_updating` is held.
 

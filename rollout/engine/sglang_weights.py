@@ -7,15 +7,16 @@ that do not fit: what is handed to `load` must have been checked against the man
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from rollout.engine.base import EngineError
 from rollout.engine.sglang_runtime import Runtime
 
+T = TypeVar("T")
 BUCKET_BYTES = 512 << 20
 TIMEOUT = 600.0
 """Seconds that the schedulers may take for one bucket."""
@@ -43,6 +44,11 @@ def plan(tensors: Mapping[str, Any], limit: int) -> list[Bucket]:
     return [*out, Bucket(tuple(names), size)]
 
 
+def bucket_of(tensors: Mapping[str, Any]) -> Bucket:
+    """All of them as one."""
+    return Bucket(tuple(tensors), sum(_aligned(value.nbytes) for value in tensors.values()))
+
+
 def load(runtime: Runtime, tensors: Mapping[str, Any], version: int, ranks: int) -> None:
     """Loads all `tensors` (numpy, by Hugging Face name) while generation is paused, and drops every cached prefix.
 
@@ -59,7 +65,7 @@ def load(runtime: Runtime, tensors: Mapping[str, Any], version: int, ranks: int)
     buckets = plan(tensors, BUCKET_BYTES)
     pending = None
     try:
-        for number, payload in enumerate(_payloads(tensors, buckets, ranks)):
+        for number, payload in enumerate(payloads(tensors, buckets, ranks)):
             if pending is not None:
                 _require(runtime.result(pending, "load a bucket of weights", TIMEOUT))
             last = number == len(buckets) - 1
@@ -78,7 +84,7 @@ def load(runtime: Runtime, tensors: Mapping[str, Any], version: int, ranks: int)
 
 
 @dataclass(frozen=True)
-class _Payload:
+class Payload:
     """A filled bucket as SGLang takes it: a handle for each rank, because a handle of shared memory can be opened once.
 
     The receivers map `flat`, which must therefore live until they are done.
@@ -87,13 +93,14 @@ class _Payload:
     serialized: list[bytes]
     flat: Any
 
-    async def keep(self, update: Any) -> tuple[bool, str]:
-        success, message = await update
+    async def keep(self, update: Coroutine[Any, Any, T]) -> T:
+        answer = await update
         assert self.flat is not None
-        return success, message
+        return answer
 
 
-def _payloads(tensors: Mapping[str, Any], buckets: list[Bucket], ranks: int) -> Iterator[_Payload]:
+def payloads(tensors: Mapping[str, Any], buckets: list[Bucket], ranks: int) -> Iterator[Payload]:
+    """Each bucket, filled when it is asked for."""
     import torch
     from sglang.srt.utils import MultiprocessingSerializer
     from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorMetadata
@@ -109,7 +116,7 @@ def _payloads(tensors: Mapping[str, Any], buckets: list[Bucket], ranks: int) -> 
             metadata.append(FlattenedTensorMetadata(name, torch.Size(value.shape), dtype, start, end, end - start))
             start += _aligned(value.nbytes)
         content = {"flattened_tensor": flat, "metadata": metadata}
-        yield _Payload([MultiprocessingSerializer.serialize(content) for _ in range(ranks)], flat)
+        yield Payload([MultiprocessingSerializer.serialize(content) for _ in range(ranks)], flat)
 
 
 def _require(answer: tuple[bool, str]) -> None:

@@ -3,8 +3,7 @@
     adapter_config.json         rank, alpha, target modules, the base model's folder
     adapter_model.safetensors   base_model.model.model.layers.N.self_attn.q_proj.lora_A.weight [rank, in], lora_B [out, rank]
 
-A folder is checked whole when it is read: a variant whose arithmetic is another one (rsLoRA, DoRA, trained biases, ranks
-that differ from layer to layer) is refused by name. Left out: several adapters in one folder.
+A folder is checked whole when it is read. Left out: several adapters in one folder.
 """
 
 from __future__ import annotations
@@ -21,36 +20,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from rollout.types import TensorSpec
-from sqlrl_jax.config_lora import LoraConfig, describe, targets
+from sqlrl_jax.config_lora import LoraConfig, targets
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.hf import Entry, hf_table
 from sqlrl_jax.model.hf_files import CheckpointError
 from sqlrl_jax.model.params import Params, flatten, nest
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-# Fields of adapter_config.json that would change the arithmetic, with the values that do not.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none", None),
-    "fan_in_fan_out": (False, None),
-    "use_rslora": (False, None),
-    "use_dora": (False, None),
-    "use_qalora": (False, None),
-    "modules_to_save": (None, []),
-    "layers_to_transform": (None, []),
-    "exclude_modules": (None, []),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "lora_bias": (False, None),
-}
+from sqlrl_jax.model.peft_config import CONFIG, WEIGHTS, adapter_config, require_adapter
 
 
 def peft_table(config: ModelConfig, lora: LoraConfig) -> list[Entry]:
@@ -96,51 +75,6 @@ def from_peft_tensors(tensors: Mapping[str, Any], config: ModelConfig, lora: Lor
     return nest({path: np.stack(part).astype(jnp.dtype(dtype)) for path, part in parts.items()})
 
 
-def adapter_config(lora: LoraConfig, base: str | Path) -> dict[str, Any]:
-    """The contents of adapter_config.json for adapters of the model in folder `base`."""
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(Path(base).absolute()),
-        "r": lora.rank,
-        "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
-        "target_modules": [f"{name}_proj" for name in targets(lora)],
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_rslora": False,
-        "use_dora": False,
-        "modules_to_save": None,
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
-
-
-def read_adapter_config(directory: str | Path) -> tuple[LoraConfig, Path]:
-    """Settings and base model of a PEFT folder. Raises CheckpointError naming the field that is not supported."""
-    file = Path(directory) / CONFIG
-    try:
-        parsed = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} does not exist: a PEFT adapter folder is needed") from None
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from None
-    if not isinstance(parsed, dict):
-        raise CheckpointError(f"{file} does not hold a JSON object")
-    for name, neutral in _NEUTRAL.items():
-        if parsed.get(name, neutral[0]) not in neutral:
-            raise CheckpointError(f"{file}: {name} = {parsed[name]!r} is not supported (only {neutral[0]!r})")
-    try:
-        lora = LoraConfig(
-            rank=parsed.get("r"), alpha=parsed.get("lora_alpha"), target_modules=parsed.get("target_modules")
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = {"rank": "r", "alpha": "lora_alpha"}.get(str(first["loc"][0]), "target_modules")
-        raise CheckpointError(f"{file}: {name} = {parsed.get(name)!r} is not supported: {first['msg']}") from None
-    return lora, Path(parsed.get("base_model_name_or_path") or "")
-
-
 def save_peft(
     directory: str | Path,
     adapters: Params,
@@ -179,11 +113,7 @@ def save_peft(
 
 def load_peft(directory: str | Path, config: ModelConfig, lora: LoraConfig, dtype: str = "float32") -> Params:
     """The adapters of a PEFT folder, on the host. Raises CheckpointError unless they are what `lora` asks for."""
-    found, _ = read_adapter_config(directory)
-    if describe(found) != describe(lora):
-        raise CheckpointError(
-            f"{directory} holds {describe(found)}; trainer.policy.model.lora asks for {describe(lora)}: make them agree"
-        )
+    require_adapter(directory, lora)
     file = Path(directory) / WEIGHTS
     try:
         with safe_open(file, framework="np") as opened:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from rollout.types import Generation
+from rollout.types import Generation, TensorSpec
 from sqlrl_jax.config import Config
 from sqlrl_jax.config_file import load
 from sqlrl_jax.data.demo.tokenizer import train_tokenizer
@@ -59,6 +60,25 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
     return {name: np.array(value) for name, value in load_file(folder / "model.safetensors").items()}
 
 
+def random_adapters(specs: list[TensorSpec], seed: int) -> dict[str, np.ndarray]:
+    """Adapters whose A and B both move the model."""
+    noise = np.random.default_rng(seed)
+    return {spec.name: (noise.standard_normal(spec.shape) * 0.2).astype(np.float32) for spec in specs}
+
+
+def write_merged(base: Path, folder: Path, adapters: dict[str, np.ndarray], scale: float) -> None:
+    """The model of `base` with scale * B A added to each matrix that has adapters."""
+    from safetensors.numpy import save_file
+
+    shutil.copytree(base, folder)
+    merged = weights(base)
+    for name, a in adapters.items():
+        if ".lora_A." in name:
+            matrix = name.removeprefix("base_model.model.").replace(".lora_A.", ".")
+            merged[matrix] = merged[matrix] + np.float32(scale) * adapters[name.replace(".lora_A.", ".lora_B.")] @ a
+    save_file(merged, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 class Reference:
     """transformers, in float32 on the CPU."""
 
@@ -94,7 +114,12 @@ def settings(folder: Path) -> list[str]:
     import torch
 
     on_cpu = {"device": "cpu", "attention_backend": "torch_native", "sampling_backend": "pytorch"}
-    on_cpu |= {"disable_cuda_graph": True, "mem_fraction_static": 0.1, "max_total_tokens": 16384}
+    on_cpu |= {
+        "lora_backend": "torch_native",
+        "disable_cuda_graph": True,
+        "mem_fraction_static": 0.1,
+        "max_total_tokens": 16384,
+    }
     extra = {} if torch.cuda.is_available() else on_cpu
     return [
         f"trainer.policy.model.path={folder}",

@@ -23,17 +23,8 @@ from sqlrl_jax.model.decoder import forward
 from sqlrl_jax.model.hf import load_hf, save_hf
 from sqlrl_jax.model.lora import join, merge, trained_specs
 from sqlrl_jax.model.params import Params, flatten, nest, param_specs
-from sqlrl_jax.model.peft import (
-    CONFIG,
-    WEIGHTS,
-    adapter_config,
-    from_peft_tensors,
-    load_peft,
-    peft_manifest,
-    read_adapter_config,
-    save_peft,
-    to_peft_tensors,
-)
+from sqlrl_jax.model.peft import from_peft_tensors, load_peft, peft_manifest, save_peft, to_peft_tensors
+from sqlrl_jax.model.peft_config import CONFIG, WEIGHTS, adapter_config, read_adapter_config
 from sqlrl_jax.model.served import Served
 from sqlrl_jax.optimizer import make_optimizer
 

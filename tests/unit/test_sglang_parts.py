@@ -7,11 +7,13 @@ import pytest
 from tiny_model import engine_config, model_config, sharp_params
 
 from rollout.engine.base import EngineError
-from rollout.engine.hf_tensors import full_manifest
-from rollout.engine.sglang import SglangEngine, engine_arguments
+from rollout.engine.hf_tensors import adapter_manifest, full_manifest
+from rollout.engine.sglang import SglangEngine
+from rollout.engine.sglang_arguments import engine_arguments
 from rollout.engine.sglang_weights import plan
-from sqlrl_jax.config import Config
+from sqlrl_jax.config import Config, LoraConfig
 from sqlrl_jax.model.hf import hf_manifest, save_hf
+from sqlrl_jax.model.peft import peft_manifest
 
 FAMILIES = {
     "qwen2": {},
@@ -28,6 +30,15 @@ def test_the_manifest_read_from_a_folder_is_the_learners(tmp_path, changes):
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
     by_name = {spec.name: spec for spec in full_manifest(tmp_path / "model", "bfloat16")}
     assert by_name == {spec.name: spec for spec in hf_manifest(config, "bfloat16")}
+
+
+@pytest.mark.parametrize("modules", [("all-linear",), ("q_proj", "down_proj")], ids=["all", "two"])
+@pytest.mark.parametrize("changes", FAMILIES.values(), ids=FAMILIES)
+def test_the_adapters_manifest_read_from_a_folder_is_the_learners(tmp_path, changes, modules):
+    config, lora = model_config(320, **changes), LoraConfig(rank=3, target_modules=modules)
+    save_hf(tmp_path / "model", sharp_params(config, 0), config)
+    ours = {spec.name: spec for spec in adapter_manifest(tmp_path / "model", lora, "bfloat16")}
+    assert ours == {spec.name: spec for spec in peft_manifest(config, lora, "bfloat16")}
 
 
 def test_a_damaged_file_is_named(tmp_path):
@@ -60,6 +71,20 @@ def test_settings_become_arguments_of_sglang():
     assert given.items() >= expected.items()
     plain = engine_arguments(config_with(), 1000)
     assert not {"quantization", "mem_fraction_static"} & plain.keys()  # SGLang chooses
+
+
+def test_adapters_become_arguments_of_sglang():
+    model = {"lora": {"rank": 8, "target_modules": ["q_proj", "o_proj"]}}
+    config = Config.model_validate({"trainer": {"policy": {"model": model}}, "generator": {"backend": "sglang"}})
+    expected = {
+        "enable_lora": True,
+        "max_lora_rank": 8,
+        "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    }
+    given = engine_arguments(config, 1000)
+    assert given.items() >= expected.items()
+    assert given["max_loras_per_batch"] > 1  # turns of an older version go on
+    assert not [name for name in engine_arguments(config_with(), 1000) if "lora" in name]
 
 
 def test_arguments_that_follow_from_settings_are_refused():

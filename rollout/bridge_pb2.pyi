@@ -208,14 +208,16 @@ class Slice(_message.Message):
     def __init__(self, start: _Optional[_Iterable[int]] = ..., size: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class BeginRequest(_message.Message):
-    __slots__ = ("weights", "manifest", "lease_seconds")
+    __slots__ = ("weights", "manifest", "lease_seconds", "base")
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
     weights: WeightsKey
     manifest: _containers.RepeatedCompositeFieldContainer[TensorSpec]
     lease_seconds: float
-    def __init__(self, weights: _Optional[_Union[WeightsKey, _Mapping]] = ..., manifest: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., lease_seconds: _Optional[float] = ...) -> None: ...
+    base: WeightsKey
+    def __init__(self, weights: _Optional[_Union[WeightsKey, _Mapping]] = ..., manifest: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., lease_seconds: _Optional[float] = ..., base: _Optional[_Union[WeightsKey, _Mapping]] = ...) -> None: ...
 
 class RawFrame(_message.Message):
     __slots__ = ()
@@ -234,18 +236,26 @@ class ByteRange(_message.Message):
     def __init__(self, tensor: _Optional[int] = ..., slice: _Optional[int] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
 
 class PushState(_message.Message):
-    __slots__ = ("state", "push_id", "missing", "received_bytes", "pause_seconds")
+    __slots__ = ("state", "push_id", "missing", "received_bytes", "pause_seconds", "delta", "held", "probe_mean", "probe_max")
     STATE_FIELD_NUMBER: _ClassVar[int]
     PUSH_ID_FIELD_NUMBER: _ClassVar[int]
     MISSING_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     PAUSE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    PROBE_MEAN_FIELD_NUMBER: _ClassVar[int]
+    PROBE_MAX_FIELD_NUMBER: _ClassVar[int]
     state: State
     push_id: int
     missing: _containers.RepeatedCompositeFieldContainer[ByteRange]
     received_bytes: int
     pause_seconds: float
-    def __init__(self, state: _Optional[_Union[State, str]] = ..., push_id: _Optional[int] = ..., missing: _Optional[_Iterable[_Union[ByteRange, _Mapping]]] = ..., received_bytes: _Optional[int] = ..., pause_seconds: _Optional[float] = ...) -> None: ...
+    delta: bool
+    held: WeightsKey
+    probe_mean: float
+    probe_max: float
+    def __init__(self, state: _Optional[_Union[State, str]] = ..., push_id: _Optional[int] = ..., missing: _Optional[_Iterable[_Union[ByteRange, _Mapping]]] = ..., received_bytes: _Optional[int] = ..., pause_seconds: _Optional[float] = ..., delta: _Optional[bool] = ..., held: _Optional[_Union[WeightsKey, _Mapping]] = ..., probe_mean: _Optional[float] = ..., probe_max: _Optional[float] = ...) -> None: ...
 
 class PushReply(_message.Message):
     __slots__ = ("frames", "bytes", "duplicates")
@@ -258,12 +268,30 @@ class PushReply(_message.Message):
     def __init__(self, frames: _Optional[int] = ..., bytes: _Optional[int] = ..., duplicates: _Optional[int] = ...) -> None: ...
 
 class CommitRequest(_message.Message):
-    __slots__ = ("weights", "phase")
+    __slots__ = ("weights", "phase", "probe")
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
     weights: WeightsKey
     phase: Phase
-    def __init__(self, weights: _Optional[_Union[WeightsKey, _Mapping]] = ..., phase: _Optional[_Union[Phase, str]] = ...) -> None: ...
+    probe: Probe
+    def __init__(self, weights: _Optional[_Union[WeightsKey, _Mapping]] = ..., phase: _Optional[_Union[Phase, str]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ...) -> None: ...
+
+class Probe(_message.Message):
+    __slots__ = ("sequences", "tolerance")
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    TOLERANCE_FIELD_NUMBER: _ClassVar[int]
+    sequences: _containers.RepeatedCompositeFieldContainer[ProbeSequence]
+    tolerance: float
+    def __init__(self, sequences: _Optional[_Iterable[_Union[ProbeSequence, _Mapping]]] = ..., tolerance: _Optional[float] = ...) -> None: ...
+
+class ProbeSequence(_message.Message):
+    __slots__ = ("ids", "logprobs")
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    ids: _containers.RepeatedScalarFieldContainer[int]
+    logprobs: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("weights",)

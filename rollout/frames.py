@@ -2,8 +2,9 @@
 
 A frame is a fixed header and at most 1 MiB of payload. The checksum covers the payload and, as its seed, the header, so a
 flipped bit anywhere is found before a byte is stored. A slice (a learner device's rectangle of a tensor) is sent as DATA
-frames at byte offsets inside it, in any order, and one END frame with the checksum of the whole slice. Pure functions;
-what may be written where is the receiver's business.
+frames at byte offsets inside it, or as DELTA frames with the difference from what the service has there (delta.py), in any
+order, and one END frame with the checksum of the whole slice as it shall be. Pure functions; what may be written where is
+the receiver's business.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from dataclasses import dataclass
 
 import xxhash
 
+from rollout import delta
+
 MAX_PAYLOAD = 1 << 20
-DATA, END = 0, 1
+DATA, END, DELTA = 0, 1, 2
+_LIMITS = {DATA: MAX_PAYLOAD, DELTA: MAX_PAYLOAD + delta.HEADER_BYTES}
 
 # magic, kind, push id, tensor, slice, offset, length; then xxh3_64
 _HEADER = struct.Struct("<4sBxxxQIIQI")
@@ -56,9 +60,9 @@ def checksum(data: memoryview | bytes) -> int:
 
 def encode(frame: Frame) -> bytes:
     """One frame as bytes. grpcio takes `bytes` only, so this is the one copy of a payload on the sender."""
-    payload = frame.payload if frame.kind == DATA else memoryview(_DIGEST.pack(frame.digest))
-    if frame.kind == DATA and not 0 < payload.nbytes <= MAX_PAYLOAD:
-        raise FrameError(f"{frame.place}: a payload has 1 to {MAX_PAYLOAD} bytes, not {payload.nbytes}")
+    payload = memoryview(_DIGEST.pack(frame.digest)) if frame.kind == END else frame.payload
+    if frame.kind != END and not 0 < payload.nbytes <= _LIMITS[frame.kind]:
+        raise FrameError(f"{frame.place}: a payload has 1 to {_LIMITS[frame.kind]} bytes, not {payload.nbytes}")
     header = _HEADER.pack(_MAGIC, frame.kind, frame.push_id, frame.tensor, frame.slice, frame.offset, payload.nbytes)
     return b"".join((header, _DIGEST.pack(_sum(header, payload)), payload))
 
@@ -78,8 +82,8 @@ def decode(data: bytes) -> Frame:
     found = _sum(header, payload)
     if found != expected:
         raise FrameError(f"{place}: corrupted, xxh3 is {found:016x}, the header says {expected:016x}")
-    if kind == DATA and 0 < length <= MAX_PAYLOAD:
-        return Frame(push, tensor, slice_, offset, payload)
+    if kind in _LIMITS and 0 < length <= _LIMITS[kind]:
+        return Frame(push, tensor, slice_, offset, payload, kind)
     if kind == END and length == _DIGEST.size:
         return Frame(push, tensor, slice_, offset, payload[:0], END, _DIGEST.unpack(payload)[0])
     raise FrameError(f"{place}: kind {kind} with {length} bytes of payload is no frame")

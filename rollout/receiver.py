@@ -7,25 +7,29 @@ every byte of every tensor is there and its checksum is right. A push is fenced 
 is refused, repeated calls and frames do no harm. After a failure while applying nobody knows what the engine holds, so it
 generates nothing until a whole push has been applied.
 
-No threads, no clock of its own, no gRPC: server.py drives it from one event loop.
+The memory keeps the bytes of the weights that are live. A push of differences from them is kept as it comes (it is small)
+and turns those bytes into the new ones at once, when all of it is there; the checksums are of the result. After anything
+that leaves the bytes in doubt, and for any other base, the push that is opened takes everything.
+
+No threads, no clock of its own, no gRPC: server.py drives it from one event loop, and lets `prepare` and `reserve`, which
+take long, run in a thread while it holds other calls back; only `frame` may come in between.
 """
 
 from __future__ import annotations
 
-import bisect
 import enum
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from rollout import frames
+from rollout import delta, frames
 from rollout.manifest import BadManifest, Refused, Slice, check_manifest, check_slices, whole
+from rollout.staging import Part, aligned, allocate, assemble, layout, tensor_bytes
 from rollout.types import TensorSpec
-from rollout.wire import numpy_dtype
 
 
 class State(enum.IntEnum):
@@ -83,59 +87,23 @@ class Range:
     length: int
 
 
-@dataclass
-class Ranges:
-    """A set of byte positions as sorted, disjoint, non-touching [start, end) pairs."""
-
-    pairs: list[tuple[int, int]] = field(default_factory=list)
-
-    def add(self, start: int, end: int) -> bool:
-        """Adds [start, end); False when all of it was there."""
-        first = bisect.bisect_left(self.pairs, start, key=lambda p: p[1])
-        last = bisect.bisect_right(self.pairs, end, key=lambda p: p[0])
-        touched = self.pairs[first:last]
-        if touched and touched[0][0] <= start and end <= touched[0][1]:
-            return False
-        if touched:
-            start, end = min(start, touched[0][0]), max(end, touched[-1][1])
-        self.pairs[first:last] = [(start, end)]
-        return True
-
-    def missing(self, total: int) -> list[tuple[int, int]]:
-        """(offset, length) of what [0, total) lacks."""
-        edges = [0, *itertools.chain.from_iterable(self.pairs), total]
-        return [(a, b - a) for a, b in zip(edges[::2], edges[1::2], strict=True) if b > a]
-
-    @property
-    def size(self) -> int:
-        return sum(end - start for start, end in self.pairs)
-
-
-@dataclass
-class _Part:
-    """One slice being staged."""
-
-    tensor: int
-    slice: Slice
-    view: np.ndarray  # its bytes in the staging memory
-    ranges: Ranges = field(default_factory=Ranges)
-    digest: int | None = None
-
-
 class Receiver:
     """Stages one push at a time. `specs` is the engine's own list; `clock` gives seconds."""
 
     def __init__(self, specs: Sequence[TensorSpec], clock: Callable[[], float], live: Key | None = None) -> None:
         self._specs = {spec.name: spec for spec in specs}
-        self._bytes = {spec.name: math.prod(spec.shape) * numpy_dtype(spec.dtype).itemsize for spec in specs}
-        self._memory = np.empty(sum(_aligned(n) for n in self._bytes.values()), np.uint8)
+        self._memory: np.ndarray | None = None
         self._clock = clock
         self.live = live
         self.staging: Key | None = None
+        self.held: Key | None = None
+        """Whose bytes the memory holds, whole and checked."""
         self.quarantine = ""
+        self._base: Key | None = None  # what the open push was asked to be a difference from
+        self._delta = False  # and whether it is
         self._state = State.LIVE if live else State.EMPTY
         self._manifest: list[TensorSpec] = []
-        self._parts: list[list[_Part]] = []
+        self._parts: list[list[Part]] = []
         self._lease = self._deadline = 0.0
 
     @property
@@ -145,19 +113,35 @@ class Receiver:
 
     @property
     def total_bytes(self) -> int:
-        return sum(self._bytes.values())
+        return sum(tensor_bytes(spec) for spec in self._specs.values())
 
     @property
     def received_bytes(self) -> int:
         return sum(part.ranges.size for parts in self._parts for part in parts)
 
-    def begin(
-        self, key: Key, manifest: Sequence[TensorSpec], slices: Sequence[Sequence[Slice]], lease: float
-    ) -> list[Range]:
-        """Opens `key`'s push, or goes on with it; returns what is still missing.
+    @property
+    def takes_delta(self) -> bool:
+        """Whether the open push takes differences from the base it was asked for, not everything."""
+        return self.staging is not None and self._delta
 
-        `slices[t]` cut tensor t; none means one slice, the whole. A later push of the same learner, or any push of a later
-        start, replaces a staged one. Raises StaleLearner, BadManifest.
+    def reserve(self) -> None:
+        """Allocates the memory, if it was not before. Raises NoMemory."""
+        if self._memory is None:
+            self._memory = allocate(sum(aligned(tensor_bytes(spec)) for spec in self._specs.values()))
+
+    def begin(
+        self,
+        key: Key,
+        manifest: Sequence[TensorSpec],
+        slices: Sequence[Sequence[Slice]],
+        lease: float,
+        base: Key | None = None,
+    ) -> list[Range]:
+        """Opens `key`'s push, or goes on with it; returns what is still missing, in bytes of the new weights.
+
+        `slices[t]` cut tensor t; none means one slice, the whole. Differences from `base` are taken where its bytes are held,
+        cut in the same way: see `takes_delta`. A later push of the same learner, or any push of a later start, replaces a
+        staged one. Raises StaleLearner, BadManifest, NoMemory.
         """
         self._expire()
         self._fence(key)
@@ -169,10 +153,16 @@ class Receiver:
             check_slices(spec, given)
         if not lease > 0:
             raise BadManifest(f"lease of {lease} seconds: must be above 0")
-        same = self.staging == key and self._manifest == list(manifest)
-        if not (same and [[part.slice for part in parts] for parts in self._parts] == cut):
-            self._layout(list(manifest), cut)
-            self.staging, self._state = key, State.STAGING
+        same = self._manifest == list(manifest) and [[part.slice for part in parts] for parts in self._parts] == cut
+        if not (same and self.staging == key and self._base == base):
+            self._drop()
+            self._delta = same and base is not None and self.held == base
+            if not self._delta:
+                self.reserve()
+                assert self._memory is not None
+                self.held = None
+                self._manifest, self._parts = list(manifest), layout(self._memory, manifest, cut)
+            self.staging, self._base, self._state = key, base, State.STAGING
         self._lease = lease
         self._renew()
         return self.missing()
@@ -188,7 +178,7 @@ class Receiver:
             raise NotOpen(f"{frame.place}: this push is not open; call Begin again")
         part, name = self._part(frame)
         self._renew()
-        end = frame.offset + frame.payload.nbytes
+        end = frame.offset + (_covered(frame) if frame.kind == frames.DELTA else frame.payload.nbytes)
         if end > part.view.nbytes or (frame.kind == frames.END and frame.offset != part.view.nbytes):
             raise BadManifest(
                 f"{frame.place}: tensor {name!r} has {part.view.nbytes} bytes in this slice, the frame ends at {end}"
@@ -196,9 +186,18 @@ class Receiver:
         if frame.kind == frames.END:
             known, part.digest = part.digest, frame.digest
             return known != frame.digest
+        if (frame.kind == frames.DELTA) is not self._delta:
+            raise BadManifest(f"{frame.place}: this push takes {'differences' if self._delta else 'everything'}")
+        if self._delta:
+            known_bytes = part.ranges.holds(frame.offset, end)
+            if 0 < known_bytes < end - frame.offset:
+                raise BadManifest(f"{frame.place}: overlaps another difference of tensor {name!r}")
         if not part.ranges.add(frame.offset, end):
             return False
-        part.view[frame.offset : end] = np.frombuffer(frame.payload, np.uint8)
+        if self._delta:
+            part.deltas.append((frame.offset, frame.payload))
+        else:
+            part.view[frame.offset : end] = np.frombuffer(frame.payload, np.uint8)
         return True
 
     def missing(self) -> list[Range]:
@@ -212,8 +211,12 @@ class Receiver:
                 out += [Range(t, s, offset, length) for offset, length in gaps]
         return out
 
-    def prepare(self, key: Key) -> None:
-        """STAGING → COMPLETE: every byte is there and every slice's checksum is right. Raises Refused, Corrupt."""
+    def prepare(self, key: Key, run: Callable[..., Iterable[bool]] = map) -> None:
+        """STAGING → COMPLETE: every byte is there and every slice's checksum is right. Raises Refused, Corrupt.
+
+        `run` is `map`, or that of a pool of threads. After differences that did not give what they should the next push
+        takes everything.
+        """
         self._expire()
         if self._is_live(key) or (self.staging == key and self._state in (State.COMPLETE, State.APPLYING)):
             return
@@ -226,16 +229,20 @@ class Receiver:
                 f"{key} is not complete: {size} bytes in {len(missing)} ranges are missing, the first in tensor {name!r} "
                 f"at offset {missing[0].offset}; Begin lists them"
             )
-        broken = [p for parts in self._parts for p in parts if frames.checksum(p.view.data) != p.digest]
-        for part in broken:
-            part.ranges, part.digest = Ranges(), None
+        self._deadline, self.held = math.inf, None
+        every = [part for parts in self._parts for part in parts]
+        broken = [part for part, sound in zip(every, run(Part.check, every), strict=True) if not sound]
+        self._renew()
         if broken:
             names = ", ".join(sorted({repr(self._manifest[part.tensor].name) for part in broken}))
-            raise Corrupt(
-                f"{key}: the staged bytes of {names} do not have the sender's checksum; they must be sent again"
-            )
+            again = "they must be sent again"
+            if self._delta:  # the sound slices are new, the others old or neither
+                again = "everything must be sent"
+                self._drop()
+            for part in broken:
+                part.clear()
+            raise Corrupt(f"{key}: the staged bytes of {names} do not have the sender's checksum; {again}")
         self._state = State.COMPLETE
-        self._renew()
 
     def start_apply(self, key: Key) -> dict[str, np.ndarray[Any, Any]] | None:
         """COMPLETE → APPLYING: the tensors to hand to the engine, or None when `key` is live already.
@@ -248,7 +255,11 @@ class Receiver:
         self._require_open(key)
         if self._state is not State.COMPLETE:
             raise Refused(f"{key} cannot be applied: it is {self._state.name}, not COMPLETE; PREPARE comes first")
-        tensors = {spec.name: _assemble(spec, parts) for spec, parts in zip(self._manifest, self._parts, strict=True)}
+        assert self._memory is not None
+        tensors = {
+            spec.name: assemble(spec, parts, self._memory)
+            for spec, parts in zip(self._manifest, self._parts, strict=True)
+        }
         self._state, self.live = State.APPLYING, None
         return tensors
 
@@ -256,7 +267,7 @@ class Receiver:
         """APPLYING → LIVE, or QUARANTINED with the reason."""
         if self._state is not State.APPLYING:
             raise Refused(f"nothing is being applied: the state is {self._state.name}")
-        self.live = None if error else self.staging
+        self.live = self.held = None if error else self.staging
         self.quarantine = f"{self.staging} failed while it was applied: {error}" if error else ""
         self._drop()
 
@@ -300,22 +311,10 @@ class Receiver:
         if self.staging != key:
             raise NotOpen(f"{key} is not the open push ({self.staging or 'none is open'}); call Begin again")
 
-    def _part(self, frame: frames.Frame) -> tuple[_Part, str]:
+    def _part(self, frame: frames.Frame) -> tuple[Part, str]:
         if frame.tensor >= len(self._parts) or frame.slice >= len(self._parts[frame.tensor]):
             raise BadManifest(f"{frame.place}: the manifest has no such slice")
         return self._parts[frame.tensor][frame.slice], self._manifest[frame.tensor].name
-
-    def _layout(self, manifest: list[TensorSpec], cut: list[list[Slice]]) -> None:
-        self._manifest, self._parts, position = manifest, [], 0
-        for t, (spec, slices) in enumerate(zip(manifest, cut, strict=True)):
-            start, item = position, numpy_dtype(spec.dtype).itemsize
-            parts = []
-            for piece in slices:
-                size = math.prod(piece.size) * item
-                parts.append(_Part(t, piece, self._memory[start : start + size]))
-                start += size
-            self._parts.append(parts)
-            position += _aligned(self._bytes[spec.name])
 
     def _renew(self) -> None:
         self._deadline = self._clock() + self._lease
@@ -325,20 +324,14 @@ class Receiver:
             self._drop()
 
     def _drop(self) -> None:
-        self.staging, self._manifest, self._parts = None, [], []
+        self.staging, self._base, self._delta = None, None, False
+        for part in itertools.chain.from_iterable(self._parts):
+            part.clear()
         self._state = State.LIVE if self.live else State.QUARANTINED if self.quarantine else State.EMPTY
 
 
-def _assemble(spec: TensorSpec, parts: list[_Part]) -> np.ndarray[Any, Any]:
-    dtype = numpy_dtype(spec.dtype)
-    if len(parts) == 1:
-        return parts[0].view.view(dtype).reshape(spec.shape)
-    out = np.empty(spec.shape, dtype)
-    for part in parts:
-        where = tuple(slice(a, a + n) for a, n in zip(part.slice.start, part.slice.size, strict=True))
-        out[where] = part.view.view(dtype).reshape(part.slice.size)
-    return out
-
-
-def _aligned(size: int) -> int:
-    return -(-size // 64) * 64
+def _covered(frame: frames.Frame) -> int:
+    try:
+        return delta.covered(frame.payload)
+    except delta.DeltaError as error:
+        raise Corrupt(f"{frame.place}: {error}") from None

@@ -27,9 +27,9 @@ from rollout import wire
 from rollout.channel import METHODS, OPTIONS, SERVICE, grpc, require_loopback
 from rollout.engine.base import Engine, EngineError
 from rollout.errors import UserError
-from rollout.manifest import Refused, Slice
-from rollout.receiver import Key, Range, Receiver
+from rollout.manifest import Refused
 from rollout.types import SamplingParams, Task, Trajectory
+from rollout.weight_calls import WeightCalls, key_of, key_to_proto
 
 if TYPE_CHECKING:
     from sqlrl_jax.config import Config
@@ -47,79 +47,60 @@ class RolloutService:
 
     def __init__(self, engine: Engine, play: Player, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine, self._play = engine, play
-        live = Key("", 0, engine.version) if engine.version >= 0 else None  # weights that it was started with
-        self._receiver = Receiver(engine.manifest(), clock, live)
-        self._applying = asyncio.Lock()
+        self._weights = WeightCalls(engine, clock, self._end_jobs)
         self._jobs: dict[asyncio.Task[object], str] = {}  # running batches → the run that asked
-        self._pause = 0.0
 
     async def rollout(self, request: pb.RolloutRequest, context: Any) -> AsyncIterator[pb.RolloutEvent]:
         arrived: asyncio.Queue[Trajectory | None] = asyncio.Queue()
         job = await self._start(request, context, arrived.put_nowait)
         job.add_done_callback(lambda _: arrived.put_nowait(None))
         finished, beat, wanted = 0, 0.0, len(request.tasks) * request.n_samples
+        coming = asyncio.ensure_future(self._next(arrived))
         try:
             while True:
                 now = time.monotonic()
                 if now - beat >= HEARTBEAT_SECONDS:
                     yield self._progress(wanted - finished, finished)
                     beat = now
-                try:
-                    trajectory = await asyncio.wait_for(arrived.get(), HEARTBEAT_SECONDS)
-                except TimeoutError:
+                await asyncio.wait({coming}, timeout=HEARTBEAT_SECONDS)
+                if not coming.done():
                     continue
+                trajectory = coming.result()
+                self._require_sound()
                 if trajectory is None:
                     break
+                coming = asyncio.ensure_future(self._next(arrived))
                 finished += 1
                 yield pb.RolloutEvent(trajectory=wire.trajectory_to_proto(trajectory))
             await self._settle(job, context)
             yield pb.RolloutEvent(finished=pb.Finished(trajectories=finished, stats=self._engine.stats()))
         finally:  # also when the client has gone
+            coming.cancel()
             job.cancel()
             await asyncio.gather(job, return_exceptions=True)
 
     async def begin(self, request: pb.BeginRequest, context: Any) -> pb.PushState:
-        key = _key(request.weights)
+        key = key_of(request.weights)
         others = {run for run in self._jobs.values() if run and run != key.run}
         if others:
             raise Refused(f"{key} is refused: run {others.pop()!r} is using this service")
-        manifest = [wire.spec_from_proto(spec) for spec in request.manifest]
-        slices = [[Slice(tuple(s.start), tuple(s.size)) for s in spec.slices] for spec in request.manifest]
-        async with self._applying:
-            missing = self._receiver.begin(key, manifest, slices, request.lease_seconds)
-        return self._state(key, missing)
+        return await self._weights.begin(request)
 
     async def push(self, requests: AsyncIterator[bytes], context: Any) -> pb.PushReply:
-        reply = pb.PushReply()
-        async for data in requests:
-            reply.duplicates += not self._receiver.frame(data)
-            reply.frames += 1
-            reply.bytes += len(data)
-        return reply
+        return await self._weights.push(requests)
 
     async def commit(self, request: pb.CommitRequest, context: Any) -> pb.PushState:
-        key = _key(request.weights)
-        if request.phase not in (pb.PREPARE, pb.APPLY):
-            raise Refused("commit: phase must be PREPARE or APPLY")
-        async with self._applying:  # a repeated call waits for the first and finds its result
-            if request.phase == pb.PREPARE:
-                self._receiver.prepare(key)
-            else:
-                await self._apply(key)
-        return self._state(key, [])
+        return await self._weights.commit(request)
 
     async def abort(self, request: pb.AbortRequest, context: Any) -> pb.PushState:
-        key = _key(request.weights)
-        async with self._applying:
-            self._receiver.abort(key)
-        return self._state(key, [])
+        return await self._weights.abort(request)
 
     async def status(self, request: pb.StatusRequest, context: Any) -> pb.StatusReply:
-        receiver = self._receiver
+        receiver = self._weights.receiver
         return pb.StatusReply(
             state=receiver.state.name,
-            live=_proto(receiver.live),
-            staging=_proto(receiver.staging),
+            live=key_to_proto(receiver.live),
+            staging=key_to_proto(receiver.staging),
             received_bytes=receiver.received_bytes,
             total_bytes=receiver.total_bytes,
             quarantine_reason=receiver.quarantine,
@@ -129,8 +110,21 @@ class RolloutService:
         )
 
     def close(self) -> None:
-        for job in self._jobs:
+        self._end_jobs()
+
+    def _end_jobs(self) -> None:
+        for job in list(self._jobs):
             job.cancel()
+
+    async def _next(self, arrived: asyncio.Queue[Trajectory | None]) -> Trajectory | None:
+        """The next episode, once the weights that it may have been played with are known to be right."""
+        trajectory = await arrived.get()
+        await self._weights.sure.wait()
+        return trajectory
+
+    def _require_sound(self) -> None:
+        if self._weights.receiver.quarantine:
+            raise Refused(self._weights.receiver.quarantine)
 
     async def _start(
         self, request: pb.RolloutRequest, context: Any, on_trajectory: Callable[[Trajectory], None]
@@ -139,9 +133,9 @@ class RolloutService:
         sampling = wire.sampling_from_proto(request.sampling)
         if not tasks or request.n_samples < 1 or request.max_turns < 1:
             raise wire.WireError("rollout: at least one task, n_samples of 1 and max_turns of 1 are needed")
-        weights = _key(request.weights)
-        async with self._applying:
-            self._receiver.require_live(weights.run, weights.epoch, weights.version, request.or_later)
+        weights = key_of(request.weights)
+        async with self._weights.lock:
+            self._weights.receiver.require_live(weights.run, weights.epoch, weights.version, request.or_later)
             batch = self._play(tasks, request.n_samples, sampling, request.seed, request.max_turns, on_trajectory)
             job: asyncio.Task[object] = asyncio.ensure_future(batch)
             self._jobs[job] = weights.run
@@ -151,46 +145,15 @@ class RolloutService:
     async def _settle(self, job: asyncio.Task[object], context: Any) -> None:
         """After the last episode: passes on what ended the batch, if it was not its own end."""
         if job.cancelled():
-            raise Refused(self._receiver.quarantine or "the service is stopping")
+            raise Refused(self._weights.receiver.quarantine or "the service is stopping")
         error = job.exception()
         if error is not None:
             _log.error("a batch of episodes failed", exc_info=error)
             await context.abort(grpc.StatusCode.INTERNAL, f"the batch failed: {type(error).__name__}: {error}")
 
-    async def _apply(self, key: Key) -> None:
-        tensors = self._receiver.start_apply(key)
-        if tensors is None:
-            return
-        try:
-            self._pause = await asyncio.to_thread(self._engine.apply_weights, tensors, key.version)
-        except Exception as error:
-            _log.exception("weights could not be applied")
-            self._receiver.finish_apply(f"{type(error).__name__}: {error}")
-            for job in list(self._jobs):  # they would go on with weights that nobody knows
-                job.cancel()
-            raise Refused(self._receiver.quarantine) from error
-        self._receiver.finish_apply()
-
     def _progress(self, active: int, finished: int) -> pb.RolloutEvent:
         tokens = int(self._engine.stats().get("generated_tokens", 0))
         return pb.RolloutEvent(progress=pb.Progress(active=active, finished=finished, tokens=tokens))
-
-    def _state(self, key: Key, missing: list[Range]) -> pb.PushState:
-        return pb.PushState(
-            state=self._receiver.state.name,
-            push_id=key.push_id,
-            missing=[pb.ByteRange(tensor=r.tensor, slice=r.slice, offset=r.offset, length=r.length) for r in missing],
-            received_bytes=self._receiver.received_bytes,
-            pause_seconds=self._pause,
-        )
-
-
-def _key(message: pb.WeightsKey) -> Key:
-    return Key(message.run, message.epoch, message.version)
-
-
-def _proto(key: Key | None) -> pb.WeightsKey | None:
-    return None if key is None else pb.WeightsKey(run=key.run, epoch=key.epoch, version=key.version)
 
 
 async def _refuse(error: Exception, context: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from rollout import bridge_pb2 as pb
+from rollout.probe import Probe
 from rollout.text import whole
 from rollout.types import SamplingParams, Task, TensorSpec, Trajectory, Turn
 
@@ -112,6 +113,22 @@ def trajectory_from_proto(message: pb.Trajectory) -> Trajectory:
 
 def _turn(t: pb.Turn) -> Turn:
     return Turn(t.action, t.sql, t.status, t.observation, t.tokens, t.seconds, t.reward, t.answer)
+
+
+def probe_to_proto(probe: Probe) -> pb.Probe:
+    pairs = zip(probe.sequences, probe.logprobs, strict=True)
+    sequences = [pb.ProbeSequence(ids=ids, logprobs=logprobs) for ids, logprobs in pairs]
+    return pb.Probe(sequences=sequences, tolerance=probe.tolerance)
+
+
+def probe_from_proto(message: pb.Probe) -> Probe:
+    """Raises WireError when a sequence has another number of log-probabilities than it has ids after the first."""
+    for number, s in enumerate(message.sequences):
+        if len(s.ids) < 2 or len(s.logprobs) != len(s.ids) - 1:
+            raise WireError(f"probe: sequence {number} has {len(s.ids)} ids and {len(s.logprobs)} log-probabilities")
+    return Probe(
+        [list(s.ids) for s in message.sequences], [list(s.logprobs) for s in message.sequences], message.tolerance
+    )
 
 
 def spec_from_proto(message: pb.TensorSpec) -> TensorSpec:

@@ -252,6 +252,13 @@ class BridgeConfig(Section):
     """Seconds a rollout service may take to start."""
     push_timeout: float = Field(300.0, gt=0)
     """Seconds one transfer of weights may take."""
+    delta: Literal["auto", "off"] = "auto"
+    """auto: pushes send differences from the last version where those are small; the learner's hosts keep that version in
+    memory, each the part it owns. off: every push sends everything, and nothing is kept."""
+    probe_sequences: int = Field(4, ge=0)
+    """Sequences whose log-probabilities a service must give as the learner does before new weights are live; 0: no check."""
+    probe_tolerance: float | None = Field(None, gt=0)
+    """Largest mean difference in them, nats a token. Not given: 0.001 in float32, 0.1 with bfloat16, 0.3 quantized."""
     stall_timeout: float = Field(300.0, gt=0)
     """Seconds without a finished episode or a new token after which a service counts as dead."""
     max_restarts: int = Field(3, ge=0)

@@ -190,6 +190,25 @@ class Learner:
         """The present weights' log-probabilities of each episode's sampled tokens, at the sampling temperature."""
         return self._evaluate(trajectories, None)
 
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The present weights' log-probability, at temperature 1, of every id but the first of each sequence."""
+        whole = [
+            Trajectory(
+                str(i), "", 0, [ids[0]], list(ids[1:]), [1] * (len(ids) - 1), [0.0] * (len(ids) - 1), [], 0.0, "", ""
+            )
+            for i, ids in enumerate(sequences)
+        ]
+        policy, shards = self.config.trainer.policy, self._stepper.program.shards
+        packed = pack(  # few short rows: this is done after every push
+            samples_of(whole, [0.0] * len(whole), "token_mean"),
+            row_tokens=min((policy.row_tokens, *policy.buckets)),
+            rows_per_micro_batch=shards,
+            slot_multiple=policy.logprob_chunk,
+            shards=shards,
+        )
+        scored = packed.per_sample([np.asarray(out.logprobs) for out in self._stepper.plain_logprobs(packed)])
+        return [logprobs.tolist() for logprobs in scored]
+
     def kl_penalties(self, trajectories: Sequence[Trajectory]) -> np.ndarray:
         """What use_kl_in_reward takes from each episode's reward: kl_loss_coef times the summed KL of its sampled tokens."""
         algorithm = self.config.trainer.algorithm

@@ -27,6 +27,7 @@ WINDOW = 5  # steps that are averaged where single steps are noisy
 ENTROPY_LEFT = 0.2  # of the entropy at the beginning
 MISMATCH, MISMATCH_MAX = 0.02, 1.0  # |log-probability of the learner - of the rollout|, mean and largest
 DRIFT, DRIFT_FLOOR = 5.0, 1e-3  # growth of the mean mismatch, from where it is more than rounding
+PROBE_FLOOR = 1e-4
 TIMEOUTS, TIMEOUTS_RISE = 0.02, 3.0  # share of queries, and how many times more than at the beginning
 
 
@@ -114,6 +115,16 @@ def _behind(history: History) -> bool:
     return _of(history[-1], "async/staleness_max") > 0
 
 
+def probe_drift(history: History) -> str:
+    first, now = _ends(history, lambda entry: _of(entry, "bridge/probe_logprob_diff"))
+    if not now > max(DRIFT * first, PROBE_FLOOR):
+        return ""
+    return (
+        f"after a push the engines' log-probabilities of the same tokens lie {now:.2g} from the learner's, {first:.2g} at "
+        f"the beginning: something made from the weights may be stale; start the rollout services again to see if it falls"
+    )
+
+
 def stale(history: History) -> str:
     dropped = _of(history[-1], "async/staleness_dropped")
     if not dropped > 0:
@@ -147,6 +158,7 @@ SIGNALS: tuple[Callable[[History], str], ...] = (
     entropy_collapse,
     mismatch,
     mismatch_drift,
+    probe_drift,
     stale,
     timeouts,
     skipped,
@@ -155,6 +167,7 @@ KEYS = (
     *("outcome/malformed", "outcome/correct", "reward/groups_with_spread", "reward/avg_raw_reward", "policy/entropy"),
     *("policy/logprob_diff", "policy/logprob_diff_max", "policy/skipped_steps", "sql/timeouts", "sql/queries"),
     *("generate/groups_missing", "generate/sample_batches", "async/staleness_dropped", "async/staleness_max"),
+    "bridge/probe_logprob_diff",
 )
 """All metrics that the signals read."""
 

@@ -33,6 +33,7 @@ _EXTEND_TOKENS = 512  # tokens, padding included, in one call that fills the cac
 _EXTEND_SIZES = (32, 128, 512)
 _DECODE_ROWS = (8, 32)
 _COPIES = 32
+_SCORED = 256  # tokens, padding included, of a sequence that is scored: one shape for all that a push is tried out with
 
 
 @dataclass
@@ -116,7 +117,7 @@ class Slots:
     def score(self, ids: Seq[int]) -> list[float]:
         """Log-probabilities of all ids but the first, without the cache."""
         assert self._params is not None
-        tokens = np.zeros((1, power_bucket(len(ids), 64)), np.int32)
+        tokens = np.zeros((1, power_bucket(len(ids), _SCORED)), np.int32)
         tokens[0, : len(ids)] = ids
         return np.asarray(sampler.score(self.config, self._params, jnp.asarray(tokens)))[: len(ids) - 1].tolist()
 

@@ -111,6 +111,7 @@ class Program:
         self.add = jax.jit(self._accumulate, out_shardings=summed, donate_argnums=(0, 1))
         self.apply = jax.jit(self._applied, out_shardings=(where, everywhere), donate_argnums=0)
         self.score = jax.jit(self._scored, out_shardings=everywhere)
+        self.score_plainly = jax.jit(partial(self._scored, temperature=1.0), out_shardings=everywhere)
         self.score_whole = jax.jit(self._scored_whole, out_shardings=everywhere)
 
     def _state_shardings(self) -> State:
@@ -158,8 +159,10 @@ class Program:
         zero = jnp.zeros((), jnp.int32)
         return State(params, self._optimizer.init(params), zero, zero)
 
-    def _scored(self, params: Params, frozen: Params, batch: dict[str, Array]) -> TokenLogprobs:
-        return self._logprobs(self._joined(self._layout.lay(frozen), self._layout.lay(params)), batch)
+    def _scored(
+        self, params: Params, frozen: Params, batch: dict[str, Array], temperature: float | None = None
+    ) -> TokenLogprobs:
+        return self._logprobs(self._joined(self._layout.lay(frozen), self._layout.lay(params)), batch, temperature)
 
     def _scored_whole(self, params: Params, batch: dict[str, Array]) -> TokenLogprobs:
         return self._logprobs(self._layout.lay(params), batch)
@@ -167,7 +170,7 @@ class Program:
     def _joined(self, frozen: Params, params: Params) -> Params:
         return join(frozen, params, self.policy.model.lora)
 
-    def _logprobs(self, params: Params, batch: dict[str, Array]) -> TokenLogprobs:
+    def _logprobs(self, params: Params, batch: dict[str, Array], temperature: float | None = None) -> TokenLogprobs:
         hidden = forward(
             self.model_config, params, batch["tokens"], batch["positions"], batch["segment_ids"], self._compute
         )
@@ -177,7 +180,7 @@ class Program:
             batch["index"],
             batch["targets"],
             batch["count"],
-            temperature=self._temperature,
+            temperature=temperature or self._temperature,
             chunk=self.policy.logprob_chunk,
             mesh=self.mesh,
         )
@@ -262,6 +265,11 @@ class Stepper:
                 yield self.program.score(self.state.params, self.frozen, batch)
             else:
                 yield self.program.score_whole(model, batch)
+
+    def plain_logprobs(self, packed: PackedBatch) -> Iterator[TokenLogprobs]:
+        """The same under the present weights at temperature 1, whatever is sampled with."""
+        for arrays in packed.micro_batches:
+            yield self.program.score_plainly(self.state.params, self.frozen, self._to_device(arrays))
 
     def _to_device(self, arrays: Arrays) -> dict[str, Array]:
         return {name: put(value, self.program.batch_shardings[name]) for name, value in arrays.items()}

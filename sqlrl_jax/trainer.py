@@ -40,6 +40,7 @@ from sqlrl_jax.metrics import rollout_metrics
 from sqlrl_jax.model.hf import save_hf
 from sqlrl_jax.model.peft import save_peft
 from sqlrl_jax.plan import correction, plan_rows
+from sqlrl_jax.probing import Prober
 from sqlrl_jax.report import write_report
 from sqlrl_jax.rl.advantages import Rewards, advantage_metrics, load_estimator
 from sqlrl_jax.rl.rewards import final_rewards
@@ -117,8 +118,10 @@ class Trainer:
             run_id=run.id,
             epoch=run.epoch,
             timeout=config.bridge.push_timeout,
+            delta=config.bridge.delta == "auto",
             world=world,
         )
+        self.prober = Prober(config, self.learner, self.data.val)
         self.fleet.republish = self.push
         self.watch = Watch(display.bar, stop.heed)
         source = StreamedBatches if trainer.max_staleness else SynchronousBatches
@@ -159,6 +162,7 @@ class Trainer:
             self.run.log_episodes, "train", self.step + 1, batch.episodes, self.data.by_id, self.decode
         )
         metrics = self._update(batch)
+        self.prober.see(batch.episodes)
         clock.lap("update")
         self.step += 1
         metrics |= self.push()
@@ -194,9 +198,10 @@ class Trainer:
 
     def push(self) -> dict[str, float]:
         """Gives the present weights to every service as version `step`; a service that dies meanwhile is brought back."""
+        probe = self.prober.probe()
         while True:
             try:
-                return self.pusher.push(self.learner.state.params, self.step)
+                return self.pusher.push(self.learner.state.params, self.step, probe)
             except PushError as error:
                 if not error.transient:
                     raise

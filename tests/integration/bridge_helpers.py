@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from rollout import frames
 from rollout.stub import Stub
 from rollout.supervisor import ServiceProcess
 from rollout.types import SamplingParams, Task, TensorSpec
+from sqlrl_jax.buckets import Cut, Piece, Weights
 from tests.integration.bridge_service import SPECS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,6 +50,28 @@ def weights(seed: int = 0) -> list[np.ndarray]:
     return [rng.standard_normal(spec.shape).astype(spec.dtype) for spec in SPECS]
 
 
+class Arrays(Weights):
+    """Arrays as a learner's weights, whole tensors, a bucket each. `on_bucket` is called with its number before each."""
+
+    def __init__(
+        self,
+        arrays: list[np.ndarray],
+        specs: list[TensorSpec] = SPECS,
+        on_bucket: Callable[[int], object] = lambda number: None,
+    ) -> None:
+        whole = [(((0,) * len(spec.shape), spec.shape),) for spec in specs]
+        super().__init__([Cut(s.name, s.shape, s.dtype, cut) for s, cut in zip(specs, whole, strict=True)])
+        self.arrays, self.on_bucket = arrays, on_bucket
+
+    def buckets(self) -> Iterator[list[Piece]]:
+        for number, array in enumerate(self.arrays):
+            self.on_bucket(number)
+            yield [Piece(number, 0, array.reshape(-1).view(np.uint8), array.dtype.itemsize)]
+
+    def sample(self) -> list[Piece]:
+        return [Piece(0, 0, self.arrays[0].reshape(-1).view(np.uint8), self.arrays[0].dtype.itemsize)]
+
+
 def level(arrays: list[np.ndarray]) -> float:
     """What the test engine gives as every logprob under these weights."""
     return float(np.float32(sum(float(np.asarray(a, np.float64).sum()) for a in arrays)))
@@ -58,9 +81,11 @@ def key(version: int, epoch: int = 1, run: str = "run") -> pb.WeightsKey:
     return pb.WeightsKey(run=run, epoch=epoch, version=version)
 
 
-def begin(stub: Stub, weights_key: pb.WeightsKey, specs: list[TensorSpec] | None = None) -> pb.PushState:
+def begin(
+    stub: Stub, weights_key: pb.WeightsKey, specs: list[TensorSpec] | None = None, base: pb.WeightsKey | None = None
+) -> pb.PushState:
     manifest = [pb.TensorSpec(name=s.name, shape=s.shape, dtype=s.dtype) for s in specs or SPECS]
-    request = pb.BeginRequest(weights=weights_key, manifest=manifest, lease_seconds=DEADLINE)
+    request = pb.BeginRequest(weights=weights_key, manifest=manifest, lease_seconds=DEADLINE, base=base)
     state: pb.PushState = stub.begin(request, timeout=DEADLINE)
     return state
 

@@ -10,7 +10,10 @@ import argparse
 import asyncio
 import hashlib
 import json
+import resource
+import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -35,7 +38,14 @@ class TableEngine(Engine):
     tokenizer_dir, max_context = "", 10_000
 
     def __init__(
-        self, specs: Sequence[TensorSpec], version: int, delay: float, stuck_from: int, fail_apply: int
+        self,
+        specs: Sequence[TensorSpec],
+        version: int,
+        delay: float,
+        stuck_from: int,
+        fail_apply: int,
+        slow_apply: int = -1,
+        wrong_scores: int = 0,
     ) -> None:
         self.specs, self._version, self.delay, self.stuck_from, self.fail_apply = (
             list(specs),
@@ -44,6 +54,7 @@ class TableEngine(Engine):
             stuck_from,
             fail_apply,
         )
+        self.slow_apply, self.wrong_scores = slow_apply, wrong_scores
         self.weights: dict[str, np.ndarray] = {}
         self.tokens = self.open = 0
 
@@ -63,11 +74,14 @@ class TableEngine(Engine):
         if self.fail_apply == version:
             self.fail_apply = -1
             raise RuntimeError("out of memory while loading")
+        if self.slow_apply == version:
+            time.sleep(60)
         self._version = version
         return 0.0
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        return [[float(np.float32(self.level()))] * (len(ids) - 1) for ids in sequences]
+        self.wrong_scores, off = self.wrong_scores - 1, float(self.wrong_scores > 0)
+        return [[float(np.float32(self.level())) + off] * (len(ids) - 1) for ids in sequences]
 
     def level(self) -> float:
         return float(sum(np.asarray(v, np.float64).sum() for v in self.weights.values()))
@@ -141,10 +155,18 @@ def main() -> None:
     parser.add_argument("--version", type=int, default=-1)
     parser.add_argument("--delay", type=float, default=0.0)
     parser.add_argument("--stuck-from", type=int, default=1 << 30)
-    parser.add_argument("--fail-apply", type=int, default=-1)
+    parser.add_argument("--fail-apply", type=int, default=-1, help="the version that fails once")
+    parser.add_argument("--slow-apply", type=int, default=-1, help="the version that takes a minute")
+    parser.add_argument("--wrong-scores", type=int, default=0, help="times that it computes something else")
+    parser.add_argument("--memory", type=int, help="megabytes that it may take besides what it has")
     args = parser.parse_args()
     specs = [TensorSpec(n, tuple(s), d) for n, s, d in json.loads(args.specs)] if args.specs else SPECS
-    engine = TableEngine(specs, args.version, args.delay, args.stuck_from, args.fail_apply)
+    engine = TableEngine(
+        specs, args.version, args.delay, args.stuck_from, args.fail_apply, args.slow_apply, args.wrong_scores
+    )
+    if args.memory is not None:
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + (args.memory << 20),) * 2)
 
     async def play(
         tasks: list[Task],

@@ -31,7 +31,6 @@ from rollout.channel import grpc
 from rollout.client import RolloutClient
 from rollout.stub import BridgeError, Stub, explain
 from rollout.supervisor import ServiceError, ServiceProcess
-from rollout.types import TensorSpec
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -220,26 +219,6 @@ def test_a_corrupted_frame_is_refused_by_name_and_sent_again(start):
             commit(stub, key(1), pb.PREPARE)
         assert explain("x", caught.value).transient
         assert push(stub, key(1), arrays).state == pb.LIVE
-
-
-@pytest.mark.parametrize(
-    ("specs", "message"),
-    [
-        ([TensorSpec("embed.weight", (300, 1000), "float32")], "'norm.weight' is missing"),
-        (
-            [TensorSpec("embed.weight", (300, 1000), "bfloat16"), TensorSpec("norm.weight", (7,), "float32")],
-            "'embed.weight' is bfloat16[300, 1000], the engine's is float32[300, 1000]",
-        ),
-    ],
-)
-def test_another_model_is_refused_before_a_byte_is_sent(start, specs, message):
-    process = start("--version", "0")
-    with Stub(process.address) as stub:
-        with pytest.raises(grpc.RpcError) as caught:
-            begin(stub, key(1), specs)
-        assert message in caught.value.details()
-        assert not explain("x", caught.value).transient
-        assert stub.status().state == pb.LIVE
 
 
 def test_a_stale_learner_cannot_push(start):

@@ -126,7 +126,9 @@ def test_a_run_leaves_everything_in_its_folder(reference):
     assert any(m.get("policy/grad_norm", 0) > 0 for m in metrics)
     assert all(m["policy/logprob_diff_max"] < 1e-3 for m in metrics if "policy/logprob_diff_max" in m)
     lines = map(json.loads, (reference / "metrics.jsonl").read_text().splitlines())
-    compiles = [m["policy/compiles"] for m in lines if m["kind"] == "train"]
+    train = [m for m in lines if m["kind"] == "train"]
+    assert all(0 < m["bridge/probe_logprob_diff_max"] < 1e-3 for m in train)
+    compiles = [m["policy/compiles"] for m in train]
     assert (
         compiles[1] == compiles[2]
     )  # checkpoints and pushes compile nothing new; the first export, after step 3, does

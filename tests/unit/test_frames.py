@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from rollout import frames
 from rollout.frames import Frame, FrameError
-from rollout.receiver import Ranges
+from rollout.staging import Ranges
 
 u32, u64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
 

@@ -156,6 +156,17 @@ def test_on_policy_the_ratio_is_one(reference: Any) -> None:
     assert metrics["policy/trained_tokens"] == sum(sum(t.loss_mask) for t in reference[0])
 
 
+def test_given_tokens_are_scored_at_temperature_1_whatever_is_sampled_with() -> None:
+    batch = episodes()
+    expected = learner().evaluate_logprobs(batch)
+    sequences = [e.prompt_ids + e.response_ids for e in batch]
+    found = learner("generator.sampling_params.temperature=0.5").score(sequences)
+    assert [len(logprobs) for logprobs in found] == [len(ids) - 1 for ids in sequences]
+    for episode, theirs, ours in zip(batch, expected, found, strict=True):
+        sampled = np.array(episode.loss_mask, bool)
+        np.testing.assert_allclose(np.array(ours)[len(episode.prompt_ids) - 1 :][sampled], theirs, atol=1e-5)
+
+
 def test_the_update_makes_good_episodes_likelier() -> None:
     subject = learner()
     batch = on_policy(subject, episodes())

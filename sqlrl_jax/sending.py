@@ -1,0 +1,230 @@
+"""From the pieces of a push to frames on every service's stream, with bounded memory.
+
+Pieces are cut into chunks of a frame's size on a fixed grid. Threads encode, hash and frame a few chunks ahead; the frames
+then wait in short queues, one a service, so the slowest service sets the pace and nobody's frames pile up. A chunk is framed
+once for all services. One stream a service: several were measured to be no faster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from rollout import bridge_pb2 as pb
+from rollout import delta, frames
+from rollout.stub import Stub
+from sqlrl_jax.buckets import Cut, Piece
+
+CHUNK = frames.MAX_PAYLOAD
+_QUEUE = 8  # frames of a service that wait
+_THREADS = 8
+_SAMPLE_BYTES = 8 << 20
+
+# Work for a thread, and what the sending thread does with its result, in order.
+_Job = tuple[Callable[[], Any], Callable[[Any], None]]
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Where a chunk lies."""
+
+    tensor: int
+    slice: int
+    offset: int
+
+
+@dataclass
+class Encoded:
+    """Differences of a push, by chunk: sent again after a broken transfer, and applied to the base once all have them."""
+
+    payloads: dict[Spot, bytes] = field(default_factory=dict)
+    changed: int = 0
+    values: int = 0
+    covered: int = 0
+    """Bytes of weights."""
+    seconds: float = 0.0
+    """Of threads, not of the clock."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(len(payload) for payload in self.payloads.values())
+
+
+@dataclass
+class Base:
+    """The bytes of the version that all services took last, on the host: what differences are taken from.
+
+    Only the slices that this process owns, so the hosts of a run hold one copy between them. `key` None: not whole.
+    """
+
+    key: pb.WeightsKey | None = None
+    cuts: list[Cut] = field(default_factory=list)
+    slices: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(data.nbytes for data in self.slices.values())
+
+    def chunk(self, spot: Spot) -> np.ndarray:
+        return self.slices[spot.tensor, spot.slice][spot.offset : spot.offset + CHUNK]
+
+    def start(self, cuts: list[Cut]) -> None:
+        """A push that sends everything begins: its bytes come by `keep` and count when `key` is set."""
+        if self.cuts != cuts:
+            self.slices = {}
+        self.key, self.cuts = None, cuts
+
+    def keep(self, piece: Piece) -> None:
+        place = piece.tensor, piece.slice
+        if place not in self.slices:
+            self.slices[place] = np.empty(piece.data.nbytes, np.uint8)
+        self.slices[place][:] = piece.data
+
+    def advance(self, encoded: Encoded) -> None:
+        """The base becomes what the differences lead to; set `key` afterwards."""
+        self.key = None
+        for spot, payload in encoded.payloads.items():
+            delta.apply(self.chunk(spot), payload)
+
+
+def estimate(base: Base, pieces: Sequence[Piece], limit: int = _SAMPLE_BYTES) -> float:
+    """Bytes of differences for a byte of weights, from the first `limit` bytes of `pieces`; 1 without any."""
+    seen = made = 0
+    for piece in pieces:
+        for offset in range(0, piece.data.nbytes, CHUNK):
+            if seen >= limit:
+                break
+            data, old = piece.data[offset : offset + CHUNK], base.chunk(Spot(piece.tensor, piece.slice, offset))
+            seen, made = seen + data.nbytes, made + len(delta.encode(old, data, piece.width)[0])
+    return made / seen if seen else 1.0
+
+
+class Stream:
+    """One Push call. `state` is what Begin answered; only what it says is missing is sent."""
+
+    def __init__(self, stub: Stub, state: pb.PushState, timeout: float) -> None:
+        self.stub, self.delta = stub, state.delta
+        self._missing: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for gap in state.missing:
+            self._missing.setdefault((gap.tensor, gap.slice), []).append((gap.offset, gap.offset + gap.length))
+        self._queue: queue.Queue[bytes | None] = queue.Queue(_QUEUE)
+        self._call = stub.push.future(iter(self._queue.get, None), timeout=timeout)
+
+    def lacks(self, piece: Piece) -> bool:
+        return (piece.tensor, piece.slice) in self._missing
+
+    def wants(self, spot: Spot) -> bool:
+        gaps = self._missing.get((spot.tensor, spot.slice), ())
+        return any(start < spot.offset + CHUNK and end > spot.offset for start, end in gaps)
+
+    def put(self, frame: bytes) -> None:
+        """Waits while the queue is full; a call that has ended takes nothing any more."""
+        while not self._call.done():
+            try:
+                self._queue.put(frame, timeout=0.1)
+            except queue.Full:
+                continue
+            return
+
+    def finish(self) -> int:
+        """Waits for the service to have everything; returns the bytes. Raises grpc.RpcError."""
+        while True:
+            try:
+                self._queue.put(None, timeout=0.1)
+                break
+            except queue.Full:
+                if self._call.done():  # nobody else takes from the queue any more
+                    with contextlib.suppress(queue.Empty):
+                        self._queue.get_nowait()
+        received: int = self._call.result().bytes
+        return received
+
+
+class Sender:
+    """Frames a push's chunks for all its streams."""
+
+    def __init__(self, push_id: int, base: Base | None, encoded: Encoded | None, *, refill: bool) -> None:
+        """With `encoded`, differences from `base` are made (and kept there) for the streams that take them. With `refill` the
+        base takes all pieces instead."""
+        self._push, self._base, self._encoded, self._refill = push_id, base, encoded, refill
+        self._threads = min(_THREADS, os.cpu_count() or 1)
+
+    def send(self, buckets: Iterable[Sequence[Piece]], streams: Sequence[Stream]) -> None:
+        """Sends every stream what it lacks. A stream that breaks is left behind; its `finish` tells."""
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="frames") as pool:
+            ahead: deque[tuple[Future[Any], Callable[[Any], None]]] = deque()
+            for bucket in buckets:
+                for work, done in self._jobs(bucket, streams):
+                    ahead.append((pool.submit(work), done))
+                    if len(ahead) > 2 * self._threads:
+                        future, after = ahead.popleft()
+                        after(future.result())
+            for future, after in ahead:
+                after(future.result())
+
+    def _jobs(self, bucket: Sequence[Piece], streams: Sequence[Stream]) -> Iterator[_Job]:
+        for piece in bucket:
+            if self._refill and self._base is not None:
+                yield partial(self._base.keep, piece), lambda _: None
+            takers = [stream for stream in streams if stream.lacks(piece)]
+            for offset in range(0, piece.data.nbytes, CHUNK):
+                spot = Spot(piece.tensor, piece.slice, offset)
+                wanting = [stream for stream in takers if stream.wants(spot)]
+                if wanting or self._encoded is not None:
+                    yield self._chunk(piece, spot, wanting)
+            if takers:
+                yield partial(self._end, piece), partial(_put, takers)
+
+    def _chunk(self, piece: Piece, spot: Spot, wanting: Sequence[Stream]) -> _Job:
+        data = piece.data[spot.offset : spot.offset + CHUNK]
+        kinds = {stream.delta for stream in wanting}
+
+        def work() -> tuple[dict[bool, bytes], bytes | None, int, float]:
+            payload, changed, started = None, 0, time.thread_time()
+            if self._encoded is not None and self._base is not None:
+                payload = self._encoded.payloads.get(spot)
+                if payload is None:
+                    payload, changed = delta.encode(self._base.chunk(spot), data, piece.width)
+            seconds, out = time.thread_time() - started, {}
+            if payload is not None and True in kinds:
+                out[True] = self._frame(spot, memoryview(payload), frames.DELTA)
+            if False in kinds:
+                out[False] = self._frame(spot, data.data, frames.DATA)
+            return out, payload, changed, seconds
+
+        def done(result: tuple[dict[bool, bytes], bytes | None, int, float]) -> None:
+            out, payload, changed, seconds = result
+            if self._encoded is not None and payload is not None and spot not in self._encoded.payloads:
+                self._encoded.payloads[spot] = payload
+                self._encoded.changed += changed
+                self._encoded.values += data.nbytes // piece.width
+                self._encoded.covered += data.nbytes
+                self._encoded.seconds += seconds
+            for stream in wanting:
+                stream.put(out[stream.delta])
+
+        return work, done
+
+    def _frame(self, spot: Spot, payload: memoryview, kind: int) -> bytes:
+        return frames.encode(frames.Frame(self._push, spot.tensor, spot.slice, spot.offset, payload, kind))
+
+    def _end(self, piece: Piece) -> bytes:
+        digest, size = frames.checksum(piece.data.data), piece.data.nbytes
+        return frames.encode(
+            frames.Frame(self._push, piece.tensor, piece.slice, size, memoryview(b""), frames.END, digest)
+        )
+
+
+def _put(takers: Sequence[Stream], frame: bytes) -> None:
+    for stream in takers:
+        stream.put(frame)

@@ -42,14 +42,16 @@ class WeightsKey(_message.Message):
     def __init__(self, run: _Optional[str] = ..., epoch: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("id", "source", "fields_json")
+    __slots__ = ("id", "source", "fields_json", "samples")
     ID_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     FIELDS_JSON_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
     id: str
     source: str
     fields_json: str
-    def __init__(self, id: _Optional[str] = ..., source: _Optional[str] = ..., fields_json: _Optional[str] = ...) -> None: ...
+    samples: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, id: _Optional[str] = ..., source: _Optional[str] = ..., fields_json: _Optional[str] = ..., samples: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("temperature", "top_p", "max_tokens", "stop")
@@ -94,14 +96,16 @@ class RolloutEvent(_message.Message):
     def __init__(self, trajectory: _Optional[_Union[Trajectory, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ...) -> None: ...
 
 class Progress(_message.Message):
-    __slots__ = ("active", "finished", "tokens")
+    __slots__ = ("active", "finished", "tokens", "stopping")
     ACTIVE_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STOPPING_FIELD_NUMBER: _ClassVar[int]
     active: int
     finished: int
     tokens: int
-    def __init__(self, active: _Optional[int] = ..., finished: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
+    stopping: bool
+    def __init__(self, active: _Optional[int] = ..., finished: _Optional[int] = ..., tokens: _Optional[int] = ..., stopping: _Optional[bool] = ...) -> None: ...
 
 class Finished(_message.Message):
     __slots__ = ("trajectories", "stats")
@@ -304,7 +308,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("state", "live", "staging", "received_bytes", "total_bytes", "quarantine_reason", "active_requests", "stats", "pid")
+    __slots__ = ("state", "live", "staging", "received_bytes", "total_bytes", "quarantine_reason", "active_requests", "stats", "pid", "stopping")
     class StatsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -321,6 +325,7 @@ class StatusReply(_message.Message):
     ACTIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
+    STOPPING_FIELD_NUMBER: _ClassVar[int]
     state: State
     live: WeightsKey
     staging: WeightsKey
@@ -330,4 +335,5 @@ class StatusReply(_message.Message):
     active_requests: int
     stats: _containers.ScalarMap[str, float]
     pid: int
-    def __init__(self, state: _Optional[_Union[State, str]] = ..., live: _Optional[_Union[WeightsKey, _Mapping]] = ..., staging: _Optional[_Union[WeightsKey, _Mapping]] = ..., received_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., quarantine_reason: _Optional[str] = ..., active_requests: _Optional[int] = ..., stats: _Optional[_Mapping[str, float]] = ..., pid: _Optional[int] = ...) -> None: ...
+    stopping: bool
+    def __init__(self, state: _Optional[_Union[State, str]] = ..., live: _Optional[_Union[WeightsKey, _Mapping]] = ..., staging: _Optional[_Union[WeightsKey, _Mapping]] = ..., received_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., quarantine_reason: _Optional[str] = ..., active_requests: _Optional[int] = ..., stats: _Optional[_Mapping[str, float]] = ..., pid: _Optional[int] = ..., stopping: _Optional[bool] = ...) -> None: ...

@@ -1,12 +1,11 @@
 """What both ends of the bridge must agree on besides the messages: method names, limits, liveness, addresses.
 
 The methods are registered from one table instead of generated service code, because `Push` carries raw frames: protobuf
-would copy each payload twice more. TLS and tokens are not here yet, so only loopback addresses are accepted.
+would copy each payload twice more. What protects the bridge is in security.py.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,8 @@ from rollout.errors import UserError
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Bridge"].full_name
 MAX_MESSAGE_BYTES = 64 << 20
+STOPPING = "this service is stopping"
+"""What a service that was told to stop says, with UNAVAILABLE, to who asks for episodes or waits for some."""
 
 # A peer that has vanished without closing its connection is found by these pings, and its episodes are cancelled.
 OPTIONS: tuple[tuple[str, int], ...] = (
@@ -31,7 +32,7 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_ping_strikes", 0),
-    ("grpc.enable_http_proxy", 0),  # loopback never goes through a proxy, whatever the environment says
+    ("grpc.enable_http_proxy", 0),  # the services are ours, whatever the environment says of a proxy
     ("grpc.so_reuseport", 0),  # a second service on the same port must fail, not share it
 )
 
@@ -70,18 +71,3 @@ def split_address(address: str) -> tuple[str, int]:
     if not colon or not host or not port.isdecimal() or int(port) > 65535:
         raise UserError(f"address {address!r}: expected host:port, for example 127.0.0.1:8700")
     return host.strip("[]"), int(port)
-
-
-def require_loopback(address: str) -> None:
-    """Raises UserError unless `address` can be reached from this machine alone."""
-    host, _ = split_address(address)
-    try:
-        local = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = host == "localhost"
-    if not local:
-        raise UserError(
-            f"bridge.listen {address!r}: only loopback addresses are accepted, because the bridge is neither encrypted nor "
-            f"authenticated; use 127.0.0.1:{split_address(address)[1]} and a tunnel (ssh -L) from other machines, or "
-            f"bridge.trusted_network=true where only the run's own hosts reach the port"
-        )

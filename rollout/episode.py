@@ -147,12 +147,12 @@ async def run_batch(
     on_trajectory: Callable[[Trajectory], None] | None = None,
     pool: Executor | None = None,
 ) -> list[Trajectory]:
-    """Plays every task `n_samples` times, all at once; returns the trajectories by task, then sample.
+    """Plays every task `n_samples` times, or the samples that it names, all at once; returns them by task, then sample.
 
-    `on_trajectory` is called in the event loop as each episode ends. The session of task t, sample s has order
-    t * n_samples + s. Cancelling this coroutine closes every session. `pool` runs the environments (default: asyncio's own).
+    `on_trajectory` is called in the event loop as each episode ends. Sessions have the order of the episodes.
+    Cancelling this coroutine closes every session. `pool` runs the environments (default: asyncio's own).
     """
-    pairs = [(task, sample) for task in tasks for sample in range(n_samples)]
+    pairs = [(task, sample) for task in tasks for sample in task.samples or range(n_samples)]
     sessions: list[Session] = []
 
     async def play(task: Task, sample: int, session: Session) -> Trajectory:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from rollout.types import TensorSpec
 
+MOST_SLICES = 1 << 20
+
 
 class Refused(Exception):
     """A call that the receiver does not take. `code` is the gRPC status that says what kind of refusal it is."""
@@ -43,6 +45,15 @@ def check_manifest(given: Sequence[TensorSpec], expected: Sequence[TensorSpec]) 
         raise BadManifest(
             f"the learner's tensors are not the engine's: {'; '.join(problems[:3])}{more}. Both sides must load the same "
             f"model, and the push must use the engine's dtype"
+        )
+
+
+def check_size(tensors: int, slices: int, expected: int) -> None:
+    """Raises BadManifest, before memory is taken for it, for one far larger than the engine's."""
+    if tensors > 2 * expected + 100 or slices > MOST_SLICES:
+        raise BadManifest(
+            f"a manifest of {tensors} tensors in {slices} slices; the engine has {expected} tensors, and {MOST_SLICES} "
+            f"slices are allowed"
         )
 
 

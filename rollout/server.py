@@ -1,8 +1,8 @@
 """The rollout service: one engine behind the bridge's gRPC methods, in a process of its own.
 
 One event loop runs the episodes, the calls and the receiver of weights; whatever blocks (the engine's weights, the
-environments) runs in threads. A client that goes away takes its episodes with it. Left out until they are needed: TLS and
-tokens (so only loopback addresses, unless the network is trusted), several engines in one process.
+environments) runs in threads. A client that goes away takes its episodes with it. Left out: who may call, and how much
+(listener.py), and several engines in one process.
 """
 
 from __future__ import annotations
@@ -19,15 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
-
 from rollout import bridge_pb2 as pb
 from rollout import wire
-from rollout.channel import METHODS, OPTIONS, SERVICE, grpc, require_loopback
+from rollout.channel import STOPPING, grpc
 from rollout.engine.base import Engine, EngineError
-from rollout.errors import UserError
-from rollout.manifest import Refused
+from rollout.listener import Limits, listen_at
+from rollout.manifest import Refused, check_size
+from rollout.security import PLAIN, Security
 from rollout.types import SamplingParams, Task, Trajectory
 from rollout.weight_calls import WeightCalls, key_of, key_to_proto
 
@@ -36,25 +34,47 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 1.0
+LIMITS = Limits()
 STOP_SECONDS = 10.0
 
 # (tasks, n_samples, sampling, seed, max_turns, on_trajectory) → plays the batch; cancelling it frees the engine.
 Player = Callable[[list[Task], int, SamplingParams, int, int, Callable[[Trajectory], None]], Awaitable[object]]
 
 
+class Stopping(Refused):
+    """The service was told to stop. Another one can play."""
+
+    code = "UNAVAILABLE"
+
+
 class RolloutService:
     """The bridge's methods around `engine`; `play` runs a batch of episodes on it."""
 
-    def __init__(self, engine: Engine, play: Player, clock: Callable[[], float] = time.monotonic) -> None:
-        self._engine, self._play = engine, play
+    def __init__(
+        self, engine: Engine, play: Player, limits: Limits = LIMITS, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._engine, self._play, self._limits = engine, play, limits
         self._weights = WeightCalls(engine, clock, self._end_jobs)
         self._jobs: dict[asyncio.Task[object], str] = {}  # running batches → the run that asked
+        self._tensors = len(engine.manifest())
+        self._stopping = False
+
+    def methods(self) -> dict[str, Callable[..., Any]]:
+        """The bridge's methods by name."""
+        return {
+            "Rollout": self.rollout,
+            "Begin": self.begin,
+            "Push": self.push,
+            "Commit": self.commit,
+            "Abort": self.abort,
+            "Status": self.status,
+        }
 
     async def rollout(self, request: pb.RolloutRequest, context: Any) -> AsyncIterator[pb.RolloutEvent]:
         arrived: asyncio.Queue[Trajectory | None] = asyncio.Queue()
         job = await self._start(request, context, arrived.put_nowait)
         job.add_done_callback(lambda _: arrived.put_nowait(None))
-        finished, beat, wanted = 0, 0.0, len(request.tasks) * request.n_samples
+        finished, beat, wanted = 0, 0.0, sum(len(task.samples) or request.n_samples for task in request.tasks)
         coming = asyncio.ensure_future(self._next(arrived))
         try:
             while True:
@@ -72,7 +92,9 @@ class RolloutService:
                 coming = asyncio.ensure_future(self._next(arrived))
                 finished += 1
                 yield pb.RolloutEvent(trajectory=wire.trajectory_to_proto(trajectory))
-            await self._settle(job, context)
+            if self._stopping:
+                yield self._progress(wanted - finished, finished)  # which says so
+            await self._settle(job, context, wanted - finished)
             yield pb.RolloutEvent(finished=pb.Finished(trajectories=finished, stats=self._engine.stats()))
         finally:  # also when the client has gone
             coming.cancel()
@@ -84,6 +106,7 @@ class RolloutService:
         others = {run for run in self._jobs.values() if run and run != key.run}
         if others:
             raise Refused(f"{key} is refused: run {others.pop()!r} is using this service")
+        check_size(len(request.manifest), sum(len(spec.slices) for spec in request.manifest), self._tensors)
         return await self._weights.begin(request)
 
     async def push(self, requests: AsyncIterator[bytes], context: Any) -> pb.PushReply:
@@ -107,9 +130,14 @@ class RolloutService:
             active_requests=len(self._jobs),
             stats=self._engine.stats(),
             pid=os.getpid(),
+            stopping=self._stopping,
         )
 
-    def close(self) -> None:
+    async def drain(self, seconds: float) -> None:
+        """Takes no more requests for episodes, plays on for at most `seconds`, and hands back what is not finished then."""
+        self._stopping = True
+        if self._jobs:
+            await asyncio.wait(list(self._jobs), timeout=seconds)
         self._end_jobs()
 
     def _end_jobs(self) -> None:
@@ -133,6 +161,14 @@ class RolloutService:
         sampling = wire.sampling_from_proto(request.sampling)
         if not tasks or request.n_samples < 1 or request.max_turns < 1:
             raise wire.WireError("rollout: at least one task, n_samples of 1 and max_turns of 1 are needed")
+        for task in tasks:
+            if len(set(task.samples)) < len(task.samples) or max(task.samples, default=0) >= request.n_samples:
+                raise wire.WireError(f"task {task.id!r}: samples must be different numbers below {request.n_samples}")
+        episodes = sum(len(task.samples) or request.n_samples for task in tasks)
+        if episodes > self._limits.episodes:
+            raise wire.WireError(f"rollout: {episodes} episodes in one request, {self._limits.episodes} are allowed")
+        if self._stopping:
+            raise Stopping(STOPPING)
         weights = key_of(request.weights)
         async with self._weights.lock:
             self._weights.receiver.require_live(weights.run, weights.epoch, weights.version, request.or_later)
@@ -142,10 +178,12 @@ class RolloutService:
             job.add_done_callback(lambda done: self._jobs.pop(done, None))
         return job
 
-    async def _settle(self, job: asyncio.Task[object], context: Any) -> None:
+    async def _settle(self, job: asyncio.Task[object], context: Any, missing: int) -> None:
         """After the last episode: passes on what ended the batch, if it was not its own end."""
         if job.cancelled():
-            raise Refused(self._weights.receiver.quarantine or "the service is stopping")
+            if self._weights.receiver.quarantine:
+                raise Refused(self._weights.receiver.quarantine)
+            raise Stopping(f"{STOPPING}: it hands back {missing} episodes")
         error = job.exception()
         if error is not None:
             _log.error("a batch of episodes failed", exc_info=error)
@@ -153,69 +191,8 @@ class RolloutService:
 
     def _progress(self, active: int, finished: int) -> pb.RolloutEvent:
         tokens = int(self._engine.stats().get("generated_tokens", 0))
-        return pb.RolloutEvent(progress=pb.Progress(active=active, finished=finished, tokens=tokens))
-
-
-async def _refuse(error: Exception, context: Any) -> None:
-    code = error.code if isinstance(error, Refused) else "INVALID_ARGUMENT"
-    await context.abort(grpc.StatusCode[code], str(error))
-
-
-def _handler(name: str, function: Callable[..., Any]) -> Any:
-    """Registers `function`; what it refuses becomes a gRPC status with the message."""
-    method = METHODS[name]
-
-    async def answer(request: Any, context: Any) -> Any:
-        try:
-            return await function(request, context)
-        except (Refused, wire.WireError) as error:
-            await _refuse(error, context)
-
-    async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
-        try:
-            async with contextlib.aclosing(function(request, context)) as events:
-                async for event in events:
-                    yield event
-        except (Refused, wire.WireError) as error:
-            await _refuse(error, context)
-
-    codecs = {
-        "request_deserializer": method.request.FromString if method.request else None,
-        "response_serializer": method.reply.SerializeToString if method.reply else None,
-    }
-    if method.streams_out:
-        return grpc.unary_stream_rpc_method_handler(stream, **codecs)
-    if method.streams_in:
-        return grpc.stream_unary_rpc_method_handler(answer, **codecs)
-    return grpc.unary_unary_rpc_method_handler(answer, **codecs)
-
-
-async def start(service: RolloutService, listen: str, *, trusted_network: bool = False) -> tuple[Any, str]:
-    """Starts the gRPC server in this event loop; returns it and `host:port`. Raises UserError."""
-    if not trusted_network:
-        require_loopback(listen)
-    server = grpc.aio.server(options=OPTIONS)
-    functions: dict[str, Callable[..., Any]] = {
-        "Rollout": service.rollout,
-        "Begin": service.begin,
-        "Push": service.push,
-        "Commit": service.commit,
-        "Abort": service.abort,
-        "Status": service.status,
-    }
-    handlers = {name: _handler(name, function) for name, function in functions.items()}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-    healthy = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    try:
-        port = server.add_insecure_port(listen)
-    except RuntimeError:
-        raise UserError(f"bridge.listen {listen!r}: the port is in use or the address is not this machine's") from None
-    await server.start()
-    for name in ("", SERVICE):
-        await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
-    return server, f"{listen.rpartition(':')[0]}:{port}"
+        progress = pb.Progress(active=active, finished=finished, tokens=tokens, stopping=self._stopping)
+        return pb.RolloutEvent(progress=progress)
 
 
 async def serve(
@@ -225,34 +202,41 @@ async def serve(
     *,
     port_file: str | None = None,
     supervised: bool = False,
-    trusted_network: bool = False,
+    security: Security = PLAIN,
+    limits: Limits = LIMITS,
+    drain_timeout: float = 20.0,
 ) -> None:
     """Serves until SIGTERM, Ctrl-C or, when supervised, until whoever holds the other end of standard input is gone.
 
-    Prints one line with the address, and writes the address to `port_file`, once calls are taken.
+    After a signal it plays what it has begun for `drain_timeout` seconds more; after a second one it ends at once. Prints
+    one line with the address, and writes the address to `port_file`, once calls are taken.
     """
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
+    signalled = False
 
     def stop(number: int) -> None:
+        nonlocal signalled
         if stopping.is_set():  # asked twice: now
             os._exit(128 + number)
+        signalled = True
         stopping.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
-    service = RolloutService(engine, play)
-    server, address = await start(service, listen, trusted_network=trusted_network)
+    service = RolloutService(engine, play, limits)
+    listening = await listen_at(service.methods(), listen, security, limits)
     if supervised:
         threading.Thread(target=_watch_parent, args=(loop, stopping), name="parent", daemon=True).start()
     if port_file:
         partial = Path(port_file + ".partial")
-        partial.write_text(address)
+        partial.write_text(listening.address)
         partial.replace(port_file)
-    print(f"rollout service listening on {address}", flush=True)
+    print(f"rollout service listening on {listening.address}", flush=True)
     await stopping.wait()
-    service.close()
-    await server.stop(grace=1.0)
+    await listening.stop_serving()
+    await service.drain(drain_timeout if signalled and not engine.failure else 0.0)
+    await listening.server.stop(grace=1.0)
 
 
 def _watch_parent(loop: asyncio.AbstractEventLoop, stopping: asyncio.Event) -> None:
@@ -268,9 +252,8 @@ def _watch_parent(loop: asyncio.AbstractEventLoop, stopping: asyncio.Event) -> N
 
 def main(config: Config, port_file: str | None = None) -> int:
     """`launch.py serve`. A service given a port file belongs to the process that gave it, and stops when that one dies."""
-    bridge = config.bridge
-    if not bridge.trusted_network:
-        require_loopback(bridge.listen)  # before a model is loaded for nothing
+    bridge, security = config.bridge, Security.load(config.bridge)
+    security.require_allowed(bridge.listen)  # before a model is loaded for nothing
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s")
     with contextlib.ExitStack() as stack:
         engine, play = _build(config, stack)
@@ -282,7 +265,8 @@ def main(config: Config, port_file: str | None = None) -> int:
                 bridge.listen,
                 port_file=port_file,
                 supervised=supervised,
-                trusted_network=bridge.trusted_network,
+                security=security,
+                drain_timeout=bridge.drain_timeout,
             )
         )
         failure = engine.failure

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import time
+import re
 from types import TracebackType
 from typing import Any
 
 from grpc_health.v1 import health_pb2
 
 from rollout import bridge_pb2 as pb
-from rollout.channel import METHODS, OPTIONS, Method, grpc, split_address
+from rollout.channel import METHODS, STOPPING, Method, grpc, split_address
 from rollout.errors import InfrastructureError
+from rollout.security import PLAIN, Security, why_unsafe
 
 # Failures that another attempt, or a service started again, can mend. All others are a mistake of the caller.
 TRANSIENT = frozenset(
@@ -28,20 +29,30 @@ TRANSIENT = frozenset(
 
 
 class BridgeError(InfrastructureError):
-    """A rollout service failed or refused. `address` is the service's; `transient` tells whether trying again may help."""
+    """A rollout service failed or refused. `address` is the service's; `transient` tells whether trying again may help,
+    `stopping` that it was told to stop and said so, `unwelcome` that one side does not trust the other."""
 
-    def __init__(self, address: str, message: str, *, transient: bool = True) -> None:
+    def __init__(
+        self,
+        address: str,
+        message: str,
+        *,
+        transient: bool = True,
+        stopping: bool = False,
+        unwelcome: bool = False,
+    ) -> None:
         super().__init__(message)
-        self.address, self.transient = address, transient
+        self.address, self.transient, self.stopping, self.unwelcome = address, transient, stopping, unwelcome
 
 
 class Stub:
     """The methods of the service at `address`. Blocking calls; safe to use from several threads."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, security: Security = PLAIN, name: str = "") -> None:
+        """`name` is the one that the service's certificate must be for, if not the address's host. Raises UserError."""
         split_address(address)
-        self.address = address
-        self.channel = grpc.insecure_channel(address, options=OPTIONS)
+        self.address, self._security = address, security
+        self.channel = security.channel(address, name)
         self.rollout = self._callable(METHODS["Rollout"])
         self.begin = self._callable(METHODS["Begin"])
         self.push = self._callable(METHODS["Push"])
@@ -60,11 +71,12 @@ class Stub:
             (False, True): self.channel.unary_stream,
             (True, False): self.channel.stream_unary,
         }
-        return kinds[method.streams_in, method.streams_out](
+        call = kinds[method.streams_in, method.streams_out](
             method.path,
             request_serializer=method.request.SerializeToString if method.request else None,
             response_deserializer=method.reply.FromString if method.reply else None,
         )
+        return _Call(call, self._security.metadata())
 
     def status(self, timeout: float = 10.0) -> pb.StatusReply:
         """Raises BridgeError."""
@@ -82,17 +94,16 @@ class Stub:
             return False
         return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
-    def wait_healthy(self, seconds: float) -> None:
-        """Raises BridgeError when the service is not healthy within `seconds`."""
-        deadline = time.monotonic() + seconds
-        while not self.healthy():
-            if time.monotonic() > deadline:
-                raise BridgeError(
-                    self.address,
-                    f"rollout service {self.address} did not answer within {seconds:.0f} s; is it running? "
-                    f"Its log says more; start one with: python launch.py serve --config FILE",
-                )
-            time.sleep(0.05)
+    def trouble(self, timeout: float = 5.0) -> BridgeError | None:
+        """Why nothing can be asked of the service, with or without weights; None when all can."""
+        try:
+            status = self.status(timeout)
+        except BridgeError as error:
+            reason = self._security.why_closed(self.address) if _CLOSED.search(str(error)) else ""
+            return _unwelcome(self.address, reason) if reason else error
+        if status.stopping:
+            return BridgeError(self.address, f"rollout service {self.address} is stopping", stopping=True)
+        return None
 
     def close(self) -> None:
         self.channel.close()
@@ -106,8 +117,32 @@ class Stub:
         self.close()
 
 
+class _Call:
+    """A method with the metadata that go with each call of it."""
+
+    def __init__(self, call: Any, metadata: tuple[tuple[str, str], ...]) -> None:
+        self._call, self._metadata = call, metadata
+
+    def __call__(self, request: Any, timeout: float | None = None) -> Any:
+        return self._call(request, timeout=timeout, metadata=self._metadata)
+
+    def future(self, request: Any, timeout: float | None = None) -> Any:
+        return self._call.future(request, timeout=timeout, metadata=self._metadata)
+
+
+_CLOSED = re.compile(r"failed to connect .*(Socket closed|onnection reset|End of TCP)")
+
+
+def _unwelcome(address: str, reason: str) -> BridgeError:
+    return BridgeError(address, f"rollout service {address}: {reason}", unwelcome=True)
+
+
 def explain(address: str, error: grpc.RpcError) -> BridgeError:
     """A gRPC failure as an error that a person can read."""
     code, details = error.code(), error.details() or "no details"
+    unsafe = why_unsafe(details) if code is grpc.StatusCode.UNAVAILABLE else ""
+    if unsafe or code is grpc.StatusCode.UNAUTHENTICATED:
+        return _unwelcome(address, unsafe or details)
     text = f"rollout service {address}: {details} ({code.name})"
-    return BridgeError(address, text, transient=code in TRANSIENT)
+    stopping = code is grpc.StatusCode.UNAVAILABLE and STOPPING in text
+    return BridgeError(address, text, transient=code in TRANSIENT, stopping=stopping)

@@ -12,11 +12,13 @@ import os
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rollout.errors import InfrastructureError
+from rollout.security import PLAIN, Security
 from rollout.stub import Stub
 
 LOG_LINES = 15
@@ -28,7 +30,7 @@ class ServiceError(InfrastructureError):
 
 class ServiceProcess:
     """One service. `command` is `launch.py serve …` without `--port-file`, which is added here; `variables` are set in its
-    environment, above this process's own.
+    environment, above this process's own; `security` is how it is asked whether it answers.
 
     `restarts` counts over the object's life.
     """
@@ -40,10 +42,12 @@ class ServiceProcess:
         *,
         start_timeout: float = 180.0,
         variables: Mapping[str, str] | None = None,
+        security: Security = PLAIN,
     ) -> None:
         self._command, self._log_file, self._start_timeout = list(command), Path(log_file), start_timeout
-        self._variables = dict(variables or {})
+        self._variables, self._security = dict(variables or {}), security
         self._process: subprocess.Popen[bytes] | None = None
+        self._closed = threading.Event()
         self.address = ""
         self.restarts = 0
 
@@ -74,6 +78,11 @@ class ServiceProcess:
         self.restarts += 1
         return self.start()
 
+    def close(self) -> None:
+        """Stops the service for good: a `restart` that another thread is in fails."""
+        self._closed.set()
+        self.stop()
+
     def stop(self, grace: float = 10.0) -> None:
         """Ends the service and every process it has started: TERM first, KILL after `grace` seconds."""
         process, self._process = self._process, None
@@ -99,6 +108,8 @@ class ServiceProcess:
         return "\n".join("    " + line for line in text.splitlines()[-LOG_LINES:])
 
     def _spawn(self, command: list[str]) -> None:
+        if self._closed.is_set():
+            raise ServiceError("the rollout service was stopped for good")
         try:
             self._log_file.parent.mkdir(parents=True, exist_ok=True)
             with self._log_file.open("ab") as log:
@@ -114,10 +125,10 @@ class ServiceProcess:
             raise ServiceError(f"rollout service cannot be started ({' '.join(command)}): {error}") from None
 
     def _wait_ready(self, port_file: Path) -> str:
-        assert self._process is not None
+        process = self._process
         deadline = time.monotonic() + self._start_timeout
-        while time.monotonic() < deadline:
-            status = self._process.poll()
+        while time.monotonic() < deadline and process is not None and not self._closed.is_set():
+            status = process.poll()
             if status is not None:
                 how = f"exit status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
                 raise ServiceError(
@@ -125,10 +136,12 @@ class ServiceProcess:
                 )
             if port_file.exists():
                 address = port_file.read_text().strip()
-                with Stub(address) as stub:
+                with Stub(address, self._security) as stub:
                     if stub.healthy():
                         return address
             time.sleep(0.05)
+        if self._closed.is_set():
+            raise ServiceError("the rollout service was stopped for good while it was starting")
         raise ServiceError(
             f"the rollout service was not ready within {self._start_timeout:.0f} s (bridge.start_timeout); the end of "
             f"{self._log_file}:\n{self.last_lines()}"

@@ -23,11 +23,15 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class Task:
-    """One question. `fields` is what the environment reads: any JSON (text2sql: db_id, question, gold_sql, …)."""
+    """One question. `fields` is what the environment reads: any JSON (text2sql: db_id, question, gold_sql, …).
+
+    `samples`: which episodes of a request's n_samples are wanted; empty means all.
+    """
 
     id: str
     source: str
     fields: dict[str, Any]
+    samples: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

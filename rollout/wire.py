@@ -27,7 +27,7 @@ def task_to_proto(task: Task) -> pb.Task:
         fields = json.dumps(task.fields, allow_nan=False)  # ASCII: JSON may hold half a surrogate pair
     except (TypeError, ValueError) as error:
         raise WireError(f"task {task.id!r}: its fields cannot be sent as JSON: {error}") from None
-    return pb.Task(id=task.id, source=task.source, fields_json=fields)
+    return pb.Task(id=task.id, source=task.source, fields_json=fields, samples=task.samples)
 
 
 def task_from_proto(message: pb.Task) -> Task:
@@ -37,7 +37,7 @@ def task_from_proto(message: pb.Task) -> Task:
         raise WireError(f"task {message.id!r}: fields_json is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise WireError(f"task {message.id!r}: fields_json must be an object, not {type(fields).__name__}")
-    return Task(id=message.id, source=message.source, fields=fields)
+    return Task(id=message.id, source=message.source, fields=fields, samples=tuple(message.samples))
 
 
 def sampling_to_proto(params: SamplingParams) -> pb.SamplingParams:

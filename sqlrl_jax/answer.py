@@ -12,12 +12,12 @@ from rollout.types import Trajectory
 
 @dataclass
 class Answer:
-    """What one process got. `lost` are services (address, why), `unplayed` questions that must be asked again; `stop` tells
-    that it was asked to stop."""
+    """What one process got. `lost` are services (address, why, told to stop or not), `unplayed` questions that must
+    be asked again; `stop` tells that it was asked to stop."""
 
     episodes: list[Trajectory] = field(default_factory=list)
     unplayed: list[str] = field(default_factory=list)
-    lost: list[tuple[str, str]] = field(default_factory=list)
+    lost: list[tuple[str, str, bool]] = field(default_factory=list)
     stop: str = ""
 
     def pack(self) -> bytes:
@@ -34,4 +34,4 @@ class Answer:
             message = pb.Trajectory.FromString(body[start : start + size])
             episodes.append(wire.trajectory_from_proto(message))
             start += size
-        return cls(episodes, head["unplayed"], [(address, why) for address, why in head["lost"]], head["stop"])
+        return cls(episodes, head["unplayed"], [(a, why, stops) for a, why, stops in head["lost"]], head["stop"])

@@ -15,6 +15,7 @@ from pydantic import Field, JsonValue, model_validator
 from sqlrl_jax.config_algorithm import AlgorithmConfig
 from sqlrl_jax.config_base import ConfigError as ConfigError
 from sqlrl_jax.config_base import Section
+from sqlrl_jax.config_bridge import BridgeConfig as BridgeConfig
 from sqlrl_jax.config_lora import LoraConfig as LoraConfig
 from sqlrl_jax.config_sft import SFTConfig
 
@@ -216,7 +217,7 @@ class GeneratorConfig(Section):
     backend: Literal["embedded", "sglang"] = "embedded"
     """embedded: JAX decoding inside the rollout service, on CPU or any device JAX sees. sglang: SGLang, on GPUs."""
     services: tuple[str, ...] = ()
-    """host:port of rollout services that are already running; empty starts inference_engine.num_engines on this machine."""
+    """host:port of rollout services that run already, or dns:///name:port; empty starts num_engines on this machine."""
     n_samples_per_prompt: int = Field(5, ge=1)
     """Episodes for each training question: the group of GRPO."""
     eval_n_samples_per_prompt: int = Field(1, ge=1)
@@ -241,28 +242,6 @@ class GeneratorConfig(Section):
         """Sampling for evaluation: eval_sampling_params over sampling_params."""
         given = {k: v for k, v in self.eval_sampling_params.model_dump().items() if v is not None}
         return self.sampling_params.model_copy(update=given)
-
-
-class BridgeConfig(Section):
-    listen: str = "127.0.0.1:0"
-    """Where `launch.py serve` listens; port 0 takes a free one. Only loopback addresses, unless trusted_network."""
-    trusted_network: bool = False
-    """Listen on addresses that other machines reach, neither encrypted nor authenticated: only in a private network."""
-    start_timeout: float = Field(180.0, gt=0)
-    """Seconds a rollout service may take to start."""
-    push_timeout: float = Field(300.0, gt=0)
-    """Seconds one transfer of weights may take."""
-    delta: Literal["auto", "off"] = "auto"
-    """auto: pushes send differences from the last version where those are small; the learner's hosts keep that version in
-    memory, each the part it owns. off: every push sends everything, and nothing is kept."""
-    probe_sequences: int = Field(4, ge=0)
-    """Sequences whose log-probabilities a service must give as the learner does before new weights are live; 0: no check."""
-    probe_tolerance: float | None = Field(None, gt=0)
-    """Largest mean difference in them, nats a token. Not given: 0.001 in float32, 0.1 with bfloat16, 0.3 quantized."""
-    stall_timeout: float = Field(300.0, gt=0)
-    """Seconds without a finished episode or a new token after which a service counts as dead."""
-    max_restarts: int = Field(3, ge=0)
-    """Times a rollout service that this run started is started again in a row without progress."""
 
 
 Grading = Literal["rows", "bird_set", "spider_test_suite"]

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rollout.errors import UserError
+from rollout.security import PLAIN, Security
 from rollout.supervisor import ServiceProcess
 from sqlrl_jax.config import Config
 
@@ -30,7 +31,7 @@ class LocalServices:
         self._config, self._config_file, self._log_file = config, config_file, log_file
         self._processes: dict[str, ServiceProcess] = {}
 
-    def start(self, *settings: str) -> list[str]:
+    def start(self, *settings: str, security: Security = PLAIN) -> list[str]:
         """Starts all of them at one time and returns their addresses. Raises UserError, ServiceError."""
         command = [interpreter(self._config), str(LAUNCH), "serve", "--config", str(self._config_file), *settings]
         processes = [
@@ -39,6 +40,7 @@ class LocalServices:
                 log_of(self._log_file, engine),
                 start_timeout=self._config.bridge.start_timeout,
                 variables=visible_gpus(self._config, engine, os.environ),
+                security=security,
             )
             for engine in range(self._config.generator.inference_engine.num_engines)
         ]
@@ -64,8 +66,8 @@ class LocalServices:
         return now
 
     def close(self) -> None:
-        for process in self._processes.values():
-            process.stop()
+        for process in list(self._processes.values()):  # `restart` may be at work in another thread
+            process.close()
 
 
 def interpreter(config: Config) -> str:

@@ -1,16 +1,17 @@
 """The rollout services of a run with several learner processes: each asks its own for its share of the questions.
 
 Who asks does not matter to an episode (its seed follows from question and sample), and afterwards every process holds all
-episodes in the same order, so all do the same arithmetic. A process owns the services that it started, or every so many-th of
-`generator.services`. When one is lost, its process keeps what has come; as soon as all have played what they could, its
-owner starts it again, all push the weights once more, and the missing episodes are asked for.
+episodes in the same order, so all do the same arithmetic. A process asks the services that it started, or every so many-th of
+those that are there; when it has lost its own, any. Which are there is process 0's to say, before each batch: only then does
+one that has joined, or was started again, get the weights, which all processes push together.
 
 Left out: giving a slow process's questions to another. Shares are equal and fixed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rollout.client import RolloutClient
@@ -20,7 +21,7 @@ from rollout.types import SamplingParams, Task, Trajectory
 from sqlrl_jax.answer import Answer
 from sqlrl_jax.config import Config
 from sqlrl_jax.distributed import World
-from sqlrl_jax.fleet import Fleet
+from sqlrl_jax.fleet import AGAIN_SECONDS, Fleet
 from sqlrl_jax.meeting import is_loopback
 from sqlrl_jax.stop import Stopped
 
@@ -32,31 +33,29 @@ class SharedFleet(Fleet):
         self, world: World, config: Config, config_file: Path, log_file: Path, say: Callable[[str], None]
     ) -> None:
         self._world = world
+        self._own: list[str] = []  # where the services are that this process started
+        self._agreed: list[str] = []  # the services that all processes hold for present
         super().__init__(config, config_file, log_file, say)
-        world.barrier("services are up")
+        self._agree()
 
     def _start(self) -> list[str]:
         host = self._world.address
         together = all(is_loopback(peer.address) for peer in self._world.peers)
-        if not together and not self._config.bridge.trusted_network:
-            raise UserError(
-                "each host would start a rollout service that the others must reach, and the bridge is neither encrypted nor "
-                "authenticated: set bridge.trusted_network=true where only the run's own hosts reach its ports, or name "
-                "services in generator.services, at the local ends of tunnels for example"
-            )
         listen = "127.0.0.1:0" if together else f"[{host}]:0" if ":" in host else f"{host}:0"
-        return self._local.start(f"bridge.listen={listen}")
+        try:
+            self._security.require_allowed(listen)
+        except UserError as error:
+            raise UserError(
+                f"each host would start a rollout service that the others must reach. {error}. Or name services in "
+                f"generator.services that run already, at the local ends of tunnels for example"
+            ) from None
+        return self._start_at(listen)
 
     def _connect(self, addresses: Sequence[str]) -> RolloutClient:
-        index, count = self._world.index, self._world.count
         if self._local.owns(addresses[0]):
-            by_process = self._world.gather("services", list(addresses))
-            first = sum(len(theirs) for theirs in by_process[:index])
-            players = list(range(first, first + len(addresses)))
-            addresses = [address for theirs in by_process for address in theirs]
-        else:
-            players = list(range(index, len(addresses), count)) or [index % len(addresses)]
-        return RolloutClient(addresses, stall_timeout=self._config.bridge.stall_timeout, players=players)
+            self._own = list(addresses)
+            addresses = [address for theirs in self._world.gather("services", self._own) for address in theirs]
+        return super()._connect(addresses)
 
     def share(self, tasks: Sequence[Task], turn: int = 0) -> Sequence[Task]:
         """Those of `tasks` that this process has its services play; each `turn` begins with another process."""
@@ -88,18 +87,28 @@ class SharedFleet(Fleet):
                 answer.episodes.append(episode)
                 on_trajectory(episode)
 
+            def lose(address: str, error: BridgeError) -> None:
+                answer.lost.append((address, str(error), error.stopping))
+
             try:
                 self.client.rollout(
-                    asked, samples, sampling, version=version, seed=seed, max_turns=max_turns, on_trajectory=take
+                    asked,
+                    samples,
+                    sampling,
+                    version=version,
+                    seed=seed,
+                    max_turns=max_turns,
+                    on_trajectory=take,
+                    on_lost=lose,
                 )
             except Stopped as stopped:
                 answer.stop = str(stopped)
             except BridgeError as error:
                 if not error.transient:
                     raise
-                answer.lost.append((error.address, str(error)))
             return answer
 
+        self.begin_batch()
         todo = tasks
         while todo:
             answers = [Answer.unpack(data) for data in self._world.exchange("episodes", play(self.share(todo)).pack())]
@@ -108,36 +117,63 @@ class SharedFleet(Fleet):
                 raise Stopped(stop)
             got |= {(episode.task_id, episode.sample): episode for answer in answers for episode in answer.episodes}
             todo = [task for task in tasks if any((task.id, sample) not in got for sample in range(samples))]
-            lost = {address: why for answer in answers for address, why in answer.lost}
-            if lost:
-                self._mend(lost)
-        self._restarts = 0
+            lost = {address: (why, stopping) for answer in answers for address, why, stopping in answer.lost}
+            error = BridgeError("", "none can be asked")
+            for address, (why, stopping) in lost.items():
+                error = BridgeError(address, why, stopping=stopping)
+                self.lose(address, error)
+            if todo:
+                self.look()
+                if not self._agreed:
+                    self.revive(error)
         return [got[task.id, sample] for task in tasks for sample in range(samples)]
 
-    def bring_back(self, address: str, error: Exception) -> None:
-        """As Fleet.bring_back, in all processes."""
-        self._mend({address: str(error)})
+    def look(self) -> None:
+        """As Fleet.look, in all processes."""
+        joined = self._agree()
+        if joined:
+            self._say(f"rollout service {', '.join(joined)} joins")
+            self.republish()
 
-    def recover(self, lost: Mapping[str, str]) -> None:
-        """As Fleet.recover, in all processes."""
-        present = {address: why for address, why in lost.items() if address in self.client.addresses}
-        if present:
-            self._mend(present)
+    def _agree(self) -> list[str]:
+        """All processes know the same services as process 0; returns those that joined."""
+        told = self._world.gather("services that stop", sorted(self.client.stopping))
+        self.client.stopping = {address for part in told for address in part}
+        self._agreed = [address for address in self._agreed if address not in self.client.stopping]
+        self._leave_stopping()
+        for moved in self._world.gather("services started again", self._restarted()):
+            for old, new in moved.items():
+                self.client.members.replace(new, old)
+                self._own = [new if own == old else own for own in self._own]
 
-    def _mend(self, lost: dict[str, str]) -> None:
-        moved: dict[str, str] = {}
-        for address, why in lost.items():
-            self._count_loss(address, why)
-            doing = "waiting for it to come back" if self._config.generator.services else "starting it again"
-            self._say(f"rollout service {address} is lost ({why}); {doing}")
-            if self._local.owns(address):
-                moved[address] = self._local.restart(address)
-        for part in self._world.gather("moved services", moved):
-            for address, now in part.items():
-                self.client.replace(now, address)
-        self.client.wait_ready(self._config.bridge.start_timeout)
-        self.republish()
-        self._say("all rollout services have the present weights again; asking for the missing episodes")
+        def there() -> list[tuple[str, str]]:
+            self.client.members.look()
+            return self.client.members.there()
+
+        self.client.members.agree(self._world.from_main("services", there))
+        before, now = self._agreed, self.client.addresses
+        self._agreed = now
+        index, count = self._world.index, self._world.count
+        turns = now[index::count] or now[index % max(1, len(now)) :][:1]
+        self.client.players = self._own or turns
+        return [address for address in now if address not in before]
+
+    def lose(self, address: str, error: BridgeError) -> None:
+        """As Fleet.lose, in all processes."""
+        self._agreed = [other for other in self._agreed if other != address]
+        super().lose(address, error)
+
+    def _there(self) -> list[str]:
+        return self._agreed
+
+    def _wait_for_one(self, error: BridgeError) -> None:
+        deadline = time.monotonic() + self._config.bridge.start_timeout
+        while not self._agree():
+            mending = any(self._world.gather("services being started", bool(self._mending)))
+            late = self._world.from_main("deadline", lambda: time.monotonic() > deadline)
+            if late and not mending:
+                raise self._nobody_came(error)
+            time.sleep(AGAIN_SECONDS)
 
 
 def open_fleet(world: World, config: Config, folder: Path, say: Callable[[str], None]) -> Fleet:

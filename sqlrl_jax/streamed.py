@@ -42,6 +42,7 @@ class StreamedBatches:
 
     def take(self, step: int) -> Batch | None:
         self._version = step
+        self._fleet.begin_batch()
         sieve, dropped = Sieve(self._config), 0
         with self._watch.bar("rollout", self._size * self._samples) as bar:
             while True:
@@ -103,7 +104,7 @@ class StreamedBatches:
             for episodes in groups_of(answer.episodes):
                 self._ready.append(Group(self._playing.pop(episodes[0].task_id), episodes))
             self._supply.again(self._playing.pop(name) for name in answer.unplayed)
-        self._fleet.recover({address: why for answer in answers for address, why in answer.lost})
+        self._fleet.recover([lost for answer in answers for lost in answer.lost])
 
     def _hear(self) -> Answer:
         answer = Answer()
@@ -114,7 +115,7 @@ class StreamedBatches:
             else:
                 answer.unplayed += [task.id for task in news.tasks]
                 if news.error is not None:
-                    answer.lost.append((news.error.address, str(news.error)))
+                    answer.lost.append((news.error.address, str(news.error), news.error.stopping))
             news = self._stream.take(0.0)
         try:
             self._watch.heed()

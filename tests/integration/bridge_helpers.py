@@ -14,6 +14,7 @@ import numpy as np
 
 from rollout import bridge_pb2 as pb
 from rollout import frames
+from rollout.security import PLAIN, Security
 from rollout.stub import Stub
 from rollout.supervisor import ServiceProcess
 from rollout.types import SamplingParams, Task, TensorSpec
@@ -29,13 +30,15 @@ def tasks(count: int, **fields: Any) -> list[Task]:
     return [Task(f"q{i}", "test", {"question": f"question {i}", **fields}) for i in range(count)]
 
 
-def service(tmp_path: Path, *options: str, specs: list[TensorSpec] | None = None) -> ServiceProcess:
+def service(
+    tmp_path: Path, *options: str, specs: list[TensorSpec] | None = None, security: Security = PLAIN
+) -> ServiceProcess:
     """A service process, not started yet; `options` are those of bridge_service.py."""
     os.environ["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, "-m", "tests.integration.bridge_service", *options]
     if specs is not None:
         command += ["--specs", json.dumps([[s.name, s.shape, s.dtype] for s in specs])]
-    return ServiceProcess(command, tmp_path / "service.log", start_timeout=DEADLINE)
+    return ServiceProcess(command, tmp_path / "service.log", start_timeout=DEADLINE, security=security)
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:

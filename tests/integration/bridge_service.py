@@ -21,9 +21,11 @@ import numpy as np
 from rollout.engine.base import Engine, Session
 from rollout.environment import Environment, StepResult
 from rollout.episode import EpisodeSettings, run_batch
+from rollout.listener import Limits
+from rollout.security import Security
 from rollout.server import serve
 from rollout.types import Generation, Message, SamplingParams, Task, TensorSpec, Trajectory
-from sqlrl_jax.config import Config
+from sqlrl_jax.config import BridgeConfig, Config
 
 SPECS = [TensorSpec("embed.weight", (300, 1000), "float32"), TensorSpec("norm.weight", (7,), "float32")]
 
@@ -159,6 +161,9 @@ def main() -> None:
     parser.add_argument("--slow-apply", type=int, default=-1, help="the version that takes a minute")
     parser.add_argument("--wrong-scores", type=int, default=0, help="times that it computes something else")
     parser.add_argument("--memory", type=int, help="megabytes that it may take besides what it has")
+    parser.add_argument("--drain-timeout", type=float, default=20.0)
+    parser.add_argument("--limits", type=json.loads, default={}, help="those of rollout.listener.Limits, as JSON")
+    parser.add_argument("--bridge", type=json.loads, default={}, help="settings under `bridge`, as JSON")
     args = parser.parse_args()
     specs = [TensorSpec(n, tuple(s), d) for n, s, d in json.loads(args.specs)] if args.specs else SPECS
     engine = TableEngine(
@@ -184,7 +189,19 @@ def main() -> None:
         settings = EpisodeSettings(max_turns, 10_000, 10_000)
         return await run_batch(tasks, n_samples, engine, environment, chat, settings, sampling, seed, on_trajectory)
 
-    asyncio.run(serve(engine, play, args.listen, port_file=args.port_file, supervised=args.port_file is not None))
+    supervised = args.port_file is not None
+    asyncio.run(
+        serve(
+            engine,
+            play,
+            args.listen,
+            port_file=args.port_file,
+            supervised=supervised,
+            drain_timeout=args.drain_timeout,
+            limits=Limits(**args.limits),
+            security=Security.load(BridgeConfig(**args.bridge)),
+        )
+    )
 
 
 if __name__ == "__main__":

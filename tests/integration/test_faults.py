@@ -59,6 +59,13 @@ def ids(episodes):
     return [(e.task_id, e.sample, e.response_ids) for e in episodes]
 
 
+def restart(client, process):
+    """What a fleet does with a service of its own."""
+    old = process.address
+    client.members.replace(process.restart(), old)
+    assert client.members.look() == [process.address]
+
+
 def is_gone(pid):
     """A zombie counts: it runs nothing."""
     try:
@@ -75,8 +82,8 @@ def test_a_service_killed_in_mid_rollout_loses_and_doubles_nothing(start):
     expected = ids(play(client, batch))
     client.close()
 
-    victim, other = start("--version", "0", "--delay", "0.02"), start("--version", "0", "--delay", "0.02")
-    client = RolloutClient([victim.address, other.address])
+    victim = start("--version", "0", "--delay", "0.02")
+    client = RolloutClient([victim.address])
     seen, lost = [], []
 
     def on_trajectory(trajectory):
@@ -84,17 +91,16 @@ def test_a_service_killed_in_mid_rollout_loses_and_doubles_nothing(start):
         if len(seen) == 5:
             os.kill(victim.pid, signal.SIGKILL)
 
-    def on_lost(address, error):
-        lost.append((address, str(error)))
-        client.replace(victim.restart(), address)
+    def revive(error):
+        lost.append(str(error))
+        restart(client, victim)
 
-    old = victim.address
-    episodes = play(client, batch, on_trajectory=on_trajectory, on_lost=on_lost)
+    episodes = play(client, batch, on_trajectory=on_trajectory, revive=revive)
     assert ids(episodes) == expected
     assert sorted(seen) == sorted((t, s) for t, s, _ in expected)
-    assert [address for address, _ in lost] == [old]
-    assert "UNAVAILABLE" in lost[0][1]
-    assert (victim.restarts, client.lost) == (1, 1)
+    assert len(lost) == 1
+    assert "UNAVAILABLE" in lost[0]
+    assert (victim.restarts, client.lost, client.duplicates) == (1, 1, 0)
     client.close()
 
 
@@ -117,11 +123,11 @@ def test_a_frozen_service_is_noticed_by_its_silence(start):
             frozen.append(victim.pid)
             os.kill(victim.pid, signal.SIGSTOP)
 
-    def on_lost(address, error):
+    def revive(error):
         lost.append(str(error))
-        client.replace(victim.restart())
+        restart(client, victim)
 
-    episodes = play(client, tasks(4), on_trajectory=freeze, on_lost=on_lost)
+    episodes = play(client, tasks(4), on_trajectory=freeze, revive=revive)
     assert len(episodes) == 16
     assert len(lost) == 1
     assert "silent" in lost[0]
@@ -134,8 +140,9 @@ def test_a_service_that_makes_no_progress_is_noticed(start):
     client = RolloutClient([stuck.address], stall_timeout=4.0)
     with pytest.raises(BridgeError, match="neither an episode nor a token"):
         play(client, tasks(2))
-    wait_until(lambda: client.stubs[0].status().stats["open_sessions"] == 0, "the abandoned episodes to end")
     client.close()
+    with Stub(stuck.address) as stub:
+        wait_until(lambda: stub.status().stats["open_sessions"] == 0, "the abandoned episodes to end")
 
 
 def test_a_slow_service_is_not_a_dead_one(start):
@@ -256,8 +263,8 @@ def test_another_run_cannot_push_while_episodes_are_played(start):
 
 def test_a_failed_apply_quarantines_until_whole_weights_come(start):
     process = start("--version", "0", "--fail-apply", "2", "--stuck-from", "1")
-    client = RolloutClient([process.address])
-    stub, results = client.stubs[0], []
+    client, stub = RolloutClient([process.address]), Stub(process.address)
+    results = []
 
     def episodes_in_flight():
         try:
@@ -280,6 +287,7 @@ def test_a_failed_apply_quarantines_until_whole_weights_come(start):
     assert push(stub, key(2), weights(2)).state == pb.LIVE
     assert client.rollout(tasks(1), 1, SAMPLING, version=2, seed=0, max_turns=5)[0].spans == [(2, 0, 11)]
     client.close()
+    stub.close()
 
 
 def test_random_bytes_and_half_open_connections_do_no_harm(start):
@@ -333,11 +341,12 @@ def test_stop_ends_a_service_that_does_not_listen(start):
 
 
 def test_an_orderly_stop_tells_the_client(start):
-    process = start("--version", "0", "--stuck-from", "1")
+    process = start("--version", "0", "--stuck-from", "1", "--drain-timeout", "0.5")
     client = RolloutClient([process.address])
-    with pytest.raises(BridgeError) as caught:
+    with pytest.raises(BridgeError, match="this service is stopping: it hands back 7 episodes") as caught:
         play(client, tasks(2), on_trajectory=lambda _: os.kill(process.pid, signal.SIGTERM))
     assert caught.value.transient
+    assert (client.lost, client.handed_back) == (0, 1)
     wait_until(lambda: not process.alive(), "the service to stop")
     client.close()
 

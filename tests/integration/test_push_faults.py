@@ -43,7 +43,8 @@ class Fleet:
 
     def restart(self, number):
         lost = self.client.addresses[number]
-        self.client.replace(self.processes[number].restart(), lost)
+        self.client.members.replace(self.processes[number].restart(), lost)
+        self.client.members.look()
 
     def serve(self, version, arrays):
         """All services generate, and with exactly these weights."""
@@ -216,7 +217,7 @@ def test_corrupted_differences(fleet, tamper, on_delta):
     one, first = fleet(), weights(1)
     one.push(1, first)
     second = changed(first)
-    stub = one.client._stubs[0]
+    stub = one.client.stubs[0]
     stub.push = Tampering(stub.push, tamper)
     sent = one.push(2, second)["bridge/sent_bytes"]
     assert (sent < SIZE / 10) is on_delta

@@ -1,6 +1,5 @@
 """Weights of which two learner processes own parts, pushed to one real service. The processes are threads here."""
 
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,29 +10,13 @@ import pytest
 from rollout.client import RolloutClient
 from rollout.supervisor import ServiceProcess
 from sqlrl_jax.buckets import Cut, Piece, Weights
-from sqlrl_jax.distributed import World
 from sqlrl_jax.weights import Pusher, PushError
 from tests.integration.bridge_helpers import DEADLINE, key, level, service, weights
 from tests.integration.bridge_service import SPECS
+from tests.integration.thread_world import worlds
 from tests.unit.tiny_model import model_config
 
 CUT = 100  # rows of the first tensor that process 0 owns
-
-
-class ThreadWorld(World):
-    """One of two threads that exchange bytes through a list."""
-
-    count = 2
-
-    def __init__(self, index: int, parts: list[bytes], barrier: threading.Barrier) -> None:
-        self.index, self.parts, self.at = index, parts, barrier
-
-    def exchange(self, name: str, data: bytes) -> list[bytes]:
-        self.parts[self.index] = data
-        self.at.wait()
-        out = list(self.parts)
-        self.at.wait()
-        return out
 
 
 def raw(array: np.ndarray) -> np.ndarray:
@@ -70,11 +53,10 @@ def process(tmp_path) -> Iterator[ServiceProcess]:
 
 @pytest.fixture
 def pushers(process) -> Iterator[list[Pusher]]:
-    parts, barrier = [b"", b""], threading.Barrier(2)
     clients = [RolloutClient([process.address]) for _ in range(2)]
     yield [
         Pusher(client, model_config(300), "float32", run_id="run", epoch=1, timeout=DEADLINE, world=world)
-        for client, world in zip(clients, (ThreadWorld(i, parts, barrier) for i in range(2)), strict=True)
+        for client, world in zip(clients, worlds(2), strict=True)
     ]
     for client in clients:
         client.close()
@@ -127,7 +109,7 @@ def test_each_process_sends_the_differences_of_what_it_owns(process, pushers):
 
 
 def test_a_broken_transfer_of_one_is_mended_by_the_next_attempt(process, pushers):
-    stub = pushers[1]._client._stubs[0]
+    stub = pushers[1]._client.stubs[0]
     whole, breaks = stub.push, [True]
 
     class Breaking:

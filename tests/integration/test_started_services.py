@@ -46,7 +46,8 @@ def test_several_services_start_and_come_back(tmp_path):
         now = local.restart(addresses[1])
         assert local.owns(now)
         assert local.owns(addresses[0])
-        client.replace(now, addresses[1])
+        client.members.replace(now, addresses[1])
+        assert client.members.look() == [now]
         status = client.status()
         assert status[addresses[0]].pid == pids[0]  # the other one was left alone
         assert status[now].pid not in pids

@@ -112,7 +112,7 @@ def test_an_answer_survives_the_way():
     episode = Trajectory(
         "q", "s", 1, [1, 2], [3, 4], [1, 0], [-0.5, 0.0], [(2, 0, 2)], 0.1, "correct", "done", [turn], {"m": 1.5}
     )
-    answer = Answer([episode, episode], [("127.0.0.1:1", "gone\n!")], "SIGTERM")
+    answer = Answer([episode, episode], ["q2"], [("127.0.0.1:1", "gone\n!", True)], "SIGTERM")
     assert Answer.unpack(answer.pack()) == answer
     assert Answer.unpack(Answer().pack()) == Answer()
 

@@ -10,17 +10,20 @@ import pytest
 import yaml
 
 import launch
+from rollout.security import TOKEN_VARIABLE, Security
 from sqlrl_jax import config_file
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "launch"
 SCRIPTS = [FOLDER / "tpu_pod.sh", FOLDER / "slurm.sbatch"]
 VALUES = {"$CONFIG": "configs/quickstart.yaml", '"$0"': "configs/quickstart.yaml", "$SHARED": "/mnt/shared"}
 VALUES |= {"$SERVICES": "host:1", "${SERVICES%,}": "host:1,other:2", '"$(hostname):8700"': "host:8700"}
+VALUES |= {"$BRIDGE": "bridge.tls_ca=gpu.pem bridge.token_file=token"}
+VALUES |= {'"$SECRETS': '"secrets', '"$1/': '"secrets/'}
 
 
 def commands(script: Path) -> list[list[str]]:
     text = re.sub(r"\\\n\s*", "", script.read_text())
-    found = re.findall(r"python (launch\.py .*?)(?:$|\"$|' \"\$CONFIG\" &$| \|\| )", text, re.MULTILINE)
+    found = re.findall(r"python (launch\.py .*?)(?:$|\"$|' \"\$CONFIG\" .*&$| \|\| )", text, re.MULTILINE)
     for name, value in VALUES.items():
         found = [line.replace(name, value) for line in found]
     return [shlex.split(line)[1:] for line in found]
@@ -52,15 +55,46 @@ def test_commands_in_scripts_are_accepted(script, verbs):
     assert config.trainer.resume_mode == "latest"
 
 
-def test_the_manifest_agrees_with_itself():
-    learner, rollout = jobs()["learner"], jobs()["rollout"]
+def documents(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((FOLDER / name).read_text()))
+
+
+def environment(container: dict[str, Any]) -> dict[str, Any]:
+    return {entry["name"]: entry.get("value", entry.get("valueFrom")) for entry in container["env"]}
+
+
+def test_the_learners_manifest_agrees_with_itself():
+    learner = jobs()["learner"]
     container = learner["template"]["spec"]["containers"][0]
-    variables = {entry["name"]: entry.get("value") for entry in container["env"]}
+    variables = environment(container)
     assert variables["JAX_NUM_PROCESSES"] == str(learner["completions"]) == str(learner["parallelism"])
     assert variables["JAX_COORDINATOR_ADDRESS"].startswith("sqlrl-learner-0-0.sqlrl:")
-    _, config = accepted(container["command"][2:])
-    expected = tuple(f"sqlrl-rollout-0-{i}.sqlrl:8700" for i in range(rollout["completions"]))
-    assert config.generator.services == expected
-    args, serving = accepted(rollout["template"]["spec"]["containers"][0]["command"][2:])
+    accepted(container["command"][2:])
+
+
+def test_the_learners_find_the_services_and_trust_them():
+    learner = jobs()["learner"]["template"]["spec"]
+    service, deployment = documents("rollout.yaml")
+    pod = deployment["spec"]["template"]
+    _, training = accepted(learner["containers"][0]["command"][2:])
+    args, serving = accepted(pod["spec"]["containers"][0]["command"][2:])
     assert args.verb == "serve"
-    assert serving.bridge.trusted_network
+    name, port = service["metadata"]["name"], service["spec"]["ports"][0]["port"]
+    assert training.generator.services == (f"dns:///{name}:{port}",)
+    assert serving.bridge.listen == f"0.0.0.0:{port}"
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"] == pod["metadata"]["labels"] == deployment["spec"]["selector"]["matchLabels"]
+    assert pod["spec"]["terminationGracePeriodSeconds"] > serving.bridge.drain_timeout
+    token = environment(pod["spec"]["containers"][0])[TOKEN_VARIABLE]
+    assert token == environment(learner["containers"][0])[TOKEN_VARIABLE]
+    protected = Security(b"certificate", b"key", token="from the secret")
+    assert (serving.bridge.tls_cert, serving.bridge.tls_key) == ("/secrets/tls.crt", "/secrets/tls.key")
+    protected.require_allowed(serving.bridge.listen)
+    assert training.bridge.tls_ca == "/secrets/ca.crt"
+
+
+def test_on_slurm_the_services_are_protected():
+    (_, serving), (_, training) = (accepted(arguments) for arguments in commands(SCRIPTS[1]))
+    assert (serving.bridge.tls_cert, serving.bridge.tls_key) == ("secrets/cert.pem", "secrets/key.pem")
+    assert training.bridge.tls_ca == serving.bridge.tls_cert, "the certificate is its own authority"
+    assert training.bridge.token_file == serving.bridge.token_file == "secrets/token"

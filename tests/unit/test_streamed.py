@@ -45,8 +45,11 @@ class Cluster(Fleet):
     def stream(self):
         return self
 
+    def begin_batch(self):
+        """Nobody comes."""
+
     def recover(self, lost):
-        self.recovered.update(lost.keys())
+        self.recovered.update({address for address, _, _ in lost})
 
     # What a GroupStream does.
 

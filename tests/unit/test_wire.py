@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 
 from rollout import bridge_pb2 as pb
 from rollout import wire
-from rollout.channel import require_loopback
-from rollout.errors import UserError
 from rollout.receiver import State
 from rollout.types import SamplingParams, Task, Trajectory, Turn
 
@@ -101,20 +99,3 @@ def test_generated_messages_are_those_of_the_proto_file(tmp_path):
     subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True)
     for name in ("rollout/bridge_pb2.py", "rollout/bridge_pb2.pyi"):
         assert (tmp_path / name).read_text() == (ROOT / name).read_text()
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1:0", "localhost:80", "[::1]:5", "127.8.8.8:65535"])
-def test_loopback_addresses(address):
-    require_loopback(address)
-
-
-@pytest.mark.parametrize("address", ["0.0.0.0:80", "10.0.0.1:80", "[::]:80", "example.org:80"])
-def test_other_addresses_are_refused(address):
-    with pytest.raises(UserError, match="only loopback"):
-        require_loopback(address)
-
-
-@pytest.mark.parametrize("address", ["", "127.0.0.1", "127.0.0.1:", ":80", "127.0.0.1:99999", "127.0.0.1:x"])
-def test_malformed_addresses_are_refused(address):
-    with pytest.raises(UserError, match="expected host:port"):
-        require_loopback(address)

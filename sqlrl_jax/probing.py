@@ -16,7 +16,7 @@ from sqlrl_jax.config import Config
 from sqlrl_jax.learner import Learner
 
 TOKENS = 256
-"""Of each sequence, from its beginning; fewer where the learner's rows are shorter."""
+"""Of each sequence, from its beginning; fewer where the learner's rows or the engines' contexts are shorter."""
 
 # Mean difference, in nats a token, that rounding alone does not make.
 _FLOAT32, _BFLOAT16, _QUANTIZED = 1e-3, 0.1, 0.3
@@ -28,7 +28,8 @@ class Prober:
     def __init__(self, config: Config, learner: Learner, questions: Sequence[Task]) -> None:
         self._learner, self._count = learner, config.bridge.probe_sequences
         policy = config.trainer.policy
-        self._tolerance, self._length = tolerance(config), min(TOKENS, policy.row_tokens, *policy.buckets)
+        fits = learner.model_config.max_position_embeddings // 2, config.generator.max_input_length
+        self._tolerance, self._length = tolerance(config), min(TOKENS, policy.row_tokens, *policy.buckets, *fits)
         tokenizer = load_tokenizer(policy.model.path)
         texts = (" ".join(map(str, task.fields.values())) for task in questions[: self._count])
         self._sequences = [tokenizer.encode(text, add_special_tokens=False)[: self._length] for text in texts]

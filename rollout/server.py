@@ -28,6 +28,7 @@ from rollout.manifest import Refused, check_size
 from rollout.security import PLAIN, Security
 from rollout.types import SamplingParams, Task, Trajectory
 from rollout.weight_calls import WeightCalls, key_of, key_to_proto
+from sqlrl_jax.allocator import keep_freed_frames
 
 if TYPE_CHECKING:
     from sqlrl_jax.config import Config
@@ -211,6 +212,7 @@ async def serve(
     After a signal it plays what it has begun for `drain_timeout` seconds more; after a second one it ends at once. Prints
     one line with the address, and writes the address to `port_file`, once calls are taken.
     """
+    keep_freed_frames()
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     signalled = False

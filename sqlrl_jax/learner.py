@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from rollout.types import Trajectory
 from sqlrl_jax import compile_cache
-from sqlrl_jax.allocator import keep_freed_memory
+from sqlrl_jax.allocator import keep_freed_frames, keep_freed_memory
 from sqlrl_jax.config import Config, ConfigError, TrainerConfig
 from sqlrl_jax.config_algorithm import AlgorithmConfig
 from sqlrl_jax.config_lora import LoraConfig
@@ -321,7 +321,8 @@ def _ratio(part: float, whole: float) -> float:
 
 def build_learner(config: Config, optimizer_steps: int = 0) -> Learner:
     """A learner on all devices, with the weights of trainer.policy.model.path."""
-    keep_freed_memory()
+    if not keep_freed_memory():
+        keep_freed_frames()
     compile_cache.enable(config.trainer.compile_cache)
     mesh = make_mesh(config.trainer.mesh)
     policy = config.trainer.policy

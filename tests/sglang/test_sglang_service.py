@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from small_model import MARKS, START_TIMEOUT, Reference, settings, weights, write_model
 
 from rollout import bridge_pb2 as pb
-from rollout import frames
+from rollout import delta, frames
+from rollout.channel import grpc
 from rollout.client import RolloutClient
 from rollout.engine.hf_tensors import full_manifest
 from rollout.stub import BridgeError
@@ -85,34 +88,74 @@ def check(episodes, version, reference):
     assert len({tuple(episode.response_ids) for episode in episodes}) == 6
 
 
-def push(stub, folder, key) -> str:
-    """The whole of `folder` as `key`; the state of the service after it."""
+def push(stub, folder, key, base=None, old=None, probe=None) -> pb.PushState:
+    """The weights of `folder` as `key`, or what is different from those of `old`, which are `base`; the last answer."""
     specs, values = full_manifest(folder, "float32"), weights(folder)
     manifest = [pb.TensorSpec(name=s.name, shape=s.shape, dtype=s.dtype) for s in specs]
-    state = stub.begin(pb.BeginRequest(weights=key, manifest=manifest, lease_seconds=SECONDS), timeout=SECONDS)
-    stream = [
-        frame
-        for gap in state.missing
-        for frame in frames.slice_frames(
-            state.push_id,
-            gap.tensor,
-            gap.slice,
-            memoryview(values[specs[gap.tensor].name].tobytes()),
-            [(gap.offset, gap.length)],
-        )
-    ]
-    stub.push(iter(stream), timeout=SECONDS)
+    begin = pb.BeginRequest(weights=key, manifest=manifest, lease_seconds=SECONDS, base=base)
+    state = stub.begin(begin, timeout=SECONDS)
+    before = weights(old) if old else values
+    stream = []
+    for gap in state.missing:
+        new, had = (data[specs[gap.tensor].name].reshape(-1).view(np.uint8) for data in (values, before))
+        if state.delta:
+            payload = memoryview(delta.encode(had, new, 4)[0])
+            frame = frames.Frame(state.push_id, gap.tensor, gap.slice, 0, payload, frames.DELTA)
+            stream.append(frames.encode(frame))
+        ranges = [] if state.delta else [(gap.offset, gap.length)]
+        stream += frames.slice_frames(state.push_id, gap.tensor, gap.slice, new.data, ranges)
+    sent = stub.push(iter(stream), timeout=SECONDS).bytes
     for phase in ("PREPARE", "APPLY"):
-        state = stub.commit(pb.CommitRequest(weights=key, phase=phase), timeout=SECONDS)
-    return pb.State.Name(state.state)
+        commit = pb.CommitRequest(weights=key, phase=phase, probe=probe if phase == "APPLY" else None)
+        state = stub.commit(commit, timeout=SECONDS)
+    state.received_bytes = sent
+    return state
+
+
+def probe_of(reference):
+    """What a learner with these weights would have a push tried out with."""
+    ids = list(range(40, 90))
+    logprobs = reference.logprobs(ids)[np.arange(49), ids[1:]]
+    return pb.Probe(sequences=[pb.ProbeSequence(ids=ids, logprobs=logprobs)], tolerance=1e-4)
+
+
+def write_changed(folder, out):
+    """The same model with one value of fifty a little different."""
+    shutil.copytree(folder, out)
+    values = weights(folder)
+    for value in values.values():
+        value.reshape(-1)[::50] *= np.float32(1.25)
+    save_file(values, out / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_episodes_are_played_and_follow_the_pushed_weights(client, folders, demo):
     check(play(client, demo, 0), 0, Reference(folders[0]))
-    key = pb.WeightsKey(run="run", epoch=1, version=4)
-    assert push(client.stubs[0], folders[1], key) == "LIVE"
+    assert push(client.stubs[0], folders[1], key(4)).state == pb.LIVE
     client.identify("run", 1)
     check(play(client, demo, 4), 4, Reference(folders[1]))
+
+
+def test_differences_are_tried_out_and_served_and_other_weights_are_not(client, folders, demo, tmp_path):
+    """After the test above."""
+    stub, changed = client.stubs[0], tmp_path / "changed"
+    write_changed(folders[1], changed)
+    client.identify("run", 1)
+    state = push(stub, changed, key(5), key(4), folders[1], probe_of(Reference(changed)))
+    assert (state.state, state.delta) == (pb.LIVE, False)  # nothing is open any more
+    assert 0 < state.probe_mean < 1e-5
+    assert state.received_bytes < sum(value.nbytes for value in weights(changed).values()) / 8
+    check(play(client, demo, 5), 5, Reference(changed))
+    with pytest.raises(grpc.RpcError, match="differ from the learner's"):
+        push(stub, folders[0], key(6), probe=probe_of(Reference(changed)))
+    assert stub.status().state == pb.QUARANTINED
+    with pytest.raises(BridgeError, match="differ from the learner's"):
+        play(client, demo, 6)
+    assert push(stub, folders[0], key(6), key(5), changed, probe_of(Reference(folders[0]))).state == pb.LIVE
+    check(play(client, demo, 6), 6, Reference(folders[0]))
+
+
+def key(version):
+    return pb.WeightsKey(run="run", epoch=1, version=version)
 
 
 def scheduler_of(pid: int) -> int:

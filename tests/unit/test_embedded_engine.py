@@ -163,6 +163,31 @@ def test_a_straggler_does_not_hold_the_others_for_ever(folder):
     own.close()
 
 
+def test_nobody_waits_where_results_need_not_repeat_and_earlier_batches_go_first(folder):
+    """A stream of groups: one session's environment takes its time, and a later group finds the only place taken."""
+    own = EmbeddedEngine(engine_config(folder, "trainer.max_staleness=1", "generator.inference_engine.max_sequences=2"))
+
+    async def main():
+        idle, ended = own.session(0), []
+        async with idle:
+            await asyncio.wait_for(idle.generate(prompt(own, 0), PARAMS, 0), 60)  # it keeps its place from now on
+
+            async def turn(order, name):
+                async with own.session(order) as session:
+                    await session.generate(prompt(own, 0), PARAMS, 0)
+                ended.append(name)
+
+            async with asyncio.timeout(60), asyncio.TaskGroup() as group:  # far less than the barrier's patience
+                for order, name in ((5, "first"), (6, "second"), (0, "third")):
+                    group.create_task(turn(order, name))
+                    await asyncio.sleep(0)
+        return ended
+
+    assert asyncio.run(main()) == ["first", "second", "third"]
+    assert own.stats()["barrier_timeouts"] == 0
+    own.close()
+
+
 def test_a_failure_of_the_engines_thread_reaches_everybody(folder):
     own = EmbeddedEngine(engine_config(folder))
 

@@ -1,6 +1,7 @@
 """Batches from a stream that ends groups in any order and loses some: staleness, back-pressure, and the books."""
 
 import random
+import threading
 from collections import Counter
 
 import pytest
@@ -11,6 +12,7 @@ from rollout.stream import Finished, Unplayed
 from rollout.stub import BridgeError
 from rollout.types import Trajectory
 from sqlrl_jax import config_file
+from sqlrl_jax.answer import Answer
 from sqlrl_jax.batches import Watch
 from sqlrl_jax.data.order import Shuffled, Supply
 from sqlrl_jax.fleet import Fleet, IdleMeter
@@ -118,6 +120,58 @@ def test_every_question_is_trained_on_once_an_epoch_whatever_ends_first(bound, b
     again = train(StreamedBatches(config, supply, cluster, WATCH), supply, cluster, steps, kept)
     trained = [name for group, _, _ in done[:kept] + again for name in group]
     assert Counter(trained) == Counter(order.at(i).id for i in range(steps * batch))
+
+
+class Meeting:
+    """What the processes of a run exchange, here threads."""
+
+    def __init__(self, count):
+        self.told, self.barrier = [b""] * count, threading.Barrier(count, timeout=60)
+
+    def exchange(self, index, data):
+        self.told[index] = data
+        self.barrier.wait()
+        all_told = list(self.told)
+        self.barrier.wait()  # nobody overwrites what another has yet to read
+        return all_told
+
+
+class Process(Cluster):
+    """One of several processes, each with services of its own."""
+
+    def __init__(self, rng, index, meeting):
+        super().__init__(rng)
+        self.index, self.meeting = index, meeting
+
+    def share(self, questions, turn=0):
+        count = len(self.meeting.told)
+        return questions[(self.index + turn) % count :: count]
+
+    def agree(self, answer):
+        return [Answer.unpack(data) for data in self.meeting.exchange(self.index, answer.pack())]
+
+
+@pytest.mark.parametrize("bound", [1, 3])
+def test_several_processes_make_the_same_batches(bound):
+    count, batch, steps, questions = 3, 4, 6, tasks(9)
+    meeting, done = Meeting(count), [None] * count
+    order = Shuffled(questions, batch, 0)
+
+    def process(index):
+        supply = Supply(Shuffled(questions, batch, 0), steps * batch)
+        cluster = Process(random.Random(index), index, meeting)
+        batches = StreamedBatches(configuration(bound, batch), supply, cluster, WATCH)
+        done[index] = train(batches, supply, cluster, steps)
+
+    threads = [threading.Thread(target=process, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert done[0] is not None
+    assert done[0] == done[1] == done[2]  # batches, books, metrics
+    trained = Counter(name for group, _, _ in done[0] for name in group)
+    assert trained == Counter(order.at(i).id for i in range(steps * batch))
 
 
 def source(bound=1, batch=2, count=8, steps=4, losses=0.0, watch=WATCH, more=()):

@@ -26,6 +26,7 @@ examples:
   python launch.py --config configs/quickstart.yaml trainer.resume_mode=latest
   python launch.py eval --config configs/quickstart.yaml --model runs/quickstart/export
   python launch.py ask --model runs/quickstart/export --database shop.sqlite "How many customers are there?"
+  python launch.py serve --model runs/quickstart/export
   python launch.py prepare --list
   python launch.py report runs/quickstart
   python launch.py check --config configs/sql_fsdp.yaml --topology v5p:2x2x1
@@ -44,7 +45,19 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    from rollout.errors import UserError
+
     config = _config(args)
+    if args.model is not None:
+        from sqlrl_jax import serve_model
+
+        settings = (*(("--config", args.config) if args.config else ()), *args.settings)
+        chosen = (args.model, args.listen, args.served_model, args.api_key_env)
+        return serve_model.main(config, serve_model.Request(*chosen, settings))
+    if args.config is None:
+        raise UserError(
+            "name what to serve: --config FILE, episodes for a run, or --model DIR, a trained model for anybody"
+        )
     from rollout.server import main
 
     return main(config, args.port_file)
@@ -174,7 +187,7 @@ def _config(args: argparse.Namespace) -> Config:
 
 VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int]]] = {
     "train": ("train by reinforcement learning (the default verb)", _train),
-    "serve": ("run a rollout service alone", _serve),
+    "serve": ("run a rollout service alone, or serve a trained model to anybody", _serve),
     "eval": ("measure accuracy on questions; prints one JSON line last", _eval),
     "ask": ("ask your own database a question", _ask),
     "sft": ("train a small model from nothing on demonstrations (the cold start)", _sft),
@@ -259,13 +272,11 @@ def _parser() -> argparse.ArgumentParser:
     parsers = {name: verbs.add_parser(name, help=text, description=text) for name, (text, _) in VERBS.items()}
     parsers["ask"].add_argument("question", help="what you want to know")
     for name in ("train", "serve", "eval", "ask", "sft", "demo", "check", "config"):
-        optional = name in ("ask", "config")
+        optional = name in ("ask", "config", "serve")
         parsers[name].add_argument("--config", required=not optional, help="YAML file of settings")
         parsers[name].add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file")
     _process_options(parsers["train"])
-    parsers["serve"].add_argument(
-        "--port-file", help="file for host:port once ready; the service then stops when its standard input closes"
-    )
+    _serve_options(parsers["serve"])
     _evaluation_options(parsers["eval"])
     _ask_options(parsers["ask"])
     _check_options(parsers["check"])
@@ -290,6 +301,17 @@ def _process_options(train: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--process-id", type=int, metavar="I", help="this process, 0 to N-1")
     group.add_argument("--process-count", type=_positive, metavar="N", help="how many there are")
+
+
+def _serve_options(serve: argparse.ArgumentParser) -> None:
+    add = serve.add_argument
+    add("--port-file", help="file for host:port once ready; the service then stops when its standard input closes")
+    group = serve.add_argument_group("a trained model for anybody, by SGLang's OpenAI-compatible server")
+    add = group.add_argument
+    add("--model", metavar="DIR", help="model folder, run folder or checkpoint (which is exported first)")
+    add("--listen", metavar="HOST:PORT", default="127.0.0.1:30000", help="where (%(default)s)")
+    add("--served-model", metavar="NAME", default="", help="what it is called there (default: the folder's name)")
+    add("--api-key-env", metavar="NAME", default="", help="environment variable of a key that every request must show")
 
 
 def _evaluation_options(evaluate: argparse.ArgumentParser) -> None:

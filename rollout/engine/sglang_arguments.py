@@ -29,31 +29,38 @@ _RESERVED = frozenset(
 def engine_arguments(config: Config, max_context: int) -> dict[str, Any]:
     """The arguments of SGLang's Engine. Raises EngineError for one that is not free to be set."""
     engine = config.generator.inference_engine
-    extra = dict(engine.engine_init_kwargs)
-    taken = sorted(_RESERVED & extra.keys())
+    out: dict[str, Any] = {
+        "context_length": max_context + MARGIN,
+        "dtype": engine.dtype,
+        "max_running_requests": engine.max_sequences,
+        "weight_version": "0",
+    }
+    lora = config.trainer.policy.model.lora
+    if lora.rank:
+        modules = list(whole_groups(lora).target_modules)
+        out |= {"enable_lora": True, "max_lora_rank": lora.rank, "lora_target_modules": modules}
+        out |= {"max_loras_per_batch": LORA_VERSIONS}
+    return out | model_arguments(config)
+
+
+def model_arguments(config: Config) -> dict[str, Any]:
+    """Those that say which model is computed on what, for training and serving alike. Raises EngineError."""
+    engine = config.generator.inference_engine
+    taken = sorted(_RESERVED & engine.engine_init_kwargs.keys())
     if taken:
         raise EngineError(
             f"generator.inference_engine.engine_init_kwargs: {taken[0]} is not free: it follows from other settings"
         )
     out: dict[str, Any] = {
         "model_path": config.trainer.policy.model.path,
-        "context_length": max_context + MARGIN,
-        "dtype": engine.dtype,
         "tp_size": engine.tensor_parallel_size,
-        "max_running_requests": engine.max_sequences,
-        "weight_version": "0",
         "log_level": "warning",
     }
     if engine.gpu_memory_utilization is not None:
         out["mem_fraction_static"] = engine.gpu_memory_utilization
     if engine.quantization:
         out["quantization"] = engine.quantization
-    lora = config.trainer.policy.model.lora
-    if lora.rank:
-        modules = list(whole_groups(lora).target_modules)
-        out |= {"enable_lora": True, "max_lora_rank": lora.rank, "lora_target_modules": modules}
-        out |= {"max_loras_per_batch": LORA_VERSIONS}
-    return out | extra
+    return out | engine.engine_init_kwargs
 
 
 def whole_groups(lora: LoraConfig) -> LoraConfig:

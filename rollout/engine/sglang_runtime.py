@@ -16,6 +16,7 @@ import importlib.metadata
 import logging
 import multiprocessing
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
@@ -28,7 +29,7 @@ from rollout.engine.base import EngineError
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
-INSTALL = "pip install 'sqlrl-jax[rollout]'"
+INSTALL = "pip install -e '.[rollout]'"
 STOP_SECONDS = 10.0
 
 
@@ -39,12 +40,13 @@ def require_sglang(arguments: Mapping[str, Any]) -> None:
         import torch
     except ImportError:  # PackageNotFoundError is one
         raise EngineError(
-            f"generator.backend = sglang: SGLang is not installed here; install it on the host with the GPUs: {INSTALL}"
+            f"SGLang is not installed here ({sys.executable}). On a host with GPUs it gets an environment of its own:"
+            f" {INSTALL}; what is started from another environment finds it by generator.inference_engine.python"
         ) from None
     if "device" not in arguments and not torch.cuda.is_available():
         raise EngineError(
-            "generator.backend = sglang: no GPU is visible here (nvidia-smi lists them; CUDA_VISIBLE_DEVICES hides them)."
-            " Run this service on a GPU host, or name another device in generator.inference_engine.engine_init_kwargs"
+            "SGLang: no GPU is visible here (nvidia-smi lists them; CUDA_VISIBLE_DEVICES hides them)."
+            " Run it on a GPU host, or name another device in generator.inference_engine.engine_init_kwargs"
         )
 
 

@@ -109,5 +109,5 @@ def test_without_sglang_the_message_says_what_to_install(tmp_path, monkeypatch):
 
     write_model(tmp_path / "model")
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    with pytest.raises(EngineError, match=r"SGLang is not installed here.*sqlrl-jax\[rollout\]"):
+    with pytest.raises(EngineError, match=r"SGLang is not installed here.*pip install -e '\.\[rollout\]'"):
         SglangEngine(engine_config(tmp_path / "model", "generator.backend=sglang"))

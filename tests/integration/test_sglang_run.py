@@ -6,13 +6,17 @@ Needs SQLRL_SGLANG_PYTHON, the Python of such an environment (bash tests/sglang_
 
 import json
 import os
+import re
 import shlex
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from test_train import DEADLINE, QUESTIONS, ROOT, SAMPLES, start, train_lines
+
+from rollout.stub import Stub
 
 PYTHON = os.environ.get("SQLRL_SGLANG_PYTHON", "")
 STEPS = 2
@@ -38,24 +42,21 @@ SETTINGS = (
 )
 
 
-def kill_in_mid_batch(run: Path, log: str) -> None:
-    """Kills the service as soon as episodes of a training batch arrive from it."""
-    deadline = time.monotonic() + DEADLINE
-    while not train_lines(run):
-        assert time.monotonic() < deadline, log
-        time.sleep(0.01)
-    os.kill(service_of(run), signal.SIGKILL)
+def kill_while_it_generates(run: Path) -> None:
+    """Kills the service in the second step, when tokens come from it."""
 
+    def wait(condition: Callable[[], object]) -> None:
+        deadline = time.monotonic() + DEADLINE
+        while not condition():
+            assert time.monotonic() < deadline, (run / "service.log").read_text()[-3000:]
+            time.sleep(0.02)
 
-def service_of(run: Path) -> int:
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue  # it ended meanwhile
-        if b"serve" in words and str(run / "config.yaml").encode() in words:
-            return int(folder.name)
-    raise AssertionError("no service runs")
+    wait(lambda: train_lines(run))
+    address = re.findall(r"rollout service listening on (\S+)", (run / "service.log").read_text())[-1]
+    with Stub(address) as stub:
+        before = stub.status().stats["generated_tokens"]
+        wait(lambda: stub.status().stats["generated_tokens"] > before)
+        os.kill(stub.status().pid, signal.SIGKILL)
 
 
 @pytest.mark.sglang
@@ -68,7 +69,7 @@ def test_a_run_on_sglang_trains_adapters_and_survives_its_death(tmp_path):
     run = tmp_path / "run"
     more = (f"generator.inference_engine.python={python}", f"data.train_data=[{tmp_path}/demo/train.jsonl]")
     process = start(run, tmp_path / "demo", *SETTINGS, *more)
-    kill_in_mid_batch(run, "the first step did not end")
+    kill_while_it_generates(run)
     output, _ = process.communicate(timeout=2 * DEADLINE)
     assert process.returncode == 0, output
     assert "starting it again" in output

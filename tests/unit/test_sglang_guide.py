@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,14 @@ def test_ci_runs_what_needs_no_gpu():
     variable, _, rest = commands[2].partition(" ")
     assert variable.replace("=$PWD/", '="$PWD/') + '" python -m pytest' in ci  # the whole suite, with that file in it
     assert (ROOT / rest.split()[-1]).exists()
+
+
+def test_the_environment_on_a_cpu_has_what_a_service_needs():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    lock = (ROOT / "tests/sglang_cpu/requirements.txt").read_text().lower().replace("_", "-").splitlines()
+    wanted = [pin.lower().replace("_", "-") for extra in ("service", "common") for pin in extras[extra] if "==" in pin]
+    assert len(wanted) > 10
+    assert set(wanted) <= set(lock)
 
 
 def test_the_guide_shows_what_it_must():

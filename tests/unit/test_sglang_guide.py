@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -29,6 +30,15 @@ def test_a_command_of_the_guide_has_settings_that_exist(line):
     if hasattr(args, "settings"):
         config = launch._config(args)
         assert model_arguments(config)["tp_size"] == config.generator.inference_engine.tensor_parallel_size
+
+
+def test_certificate_and_token_are_made(tmp_path):
+    for line in LINES:
+        if line.startswith("openssl "):
+            subprocess.run(shlex.split(line), cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    assert len((tmp_path / "token").read_text().strip()) == 64
+    assert "BEGIN CERTIFICATE" in (tmp_path / "gpu.pem").read_text()
+    assert "PRIVATE KEY" in (tmp_path / "gpu.key").read_text()
 
 
 def test_ci_runs_what_needs_no_gpu():

@@ -15,8 +15,10 @@ from sqlrl_jax import local_services
 from sqlrl_jax.config import Config
 from sqlrl_jax.fleet import Fleet
 from sqlrl_jax.shared_fleet import SharedFleet
-from tests.integration.bridge_helpers import DEADLINE, SAMPLING, service, tasks, wait_until
+from sqlrl_jax.weights import Pusher, PushError
+from tests.integration.bridge_helpers import DEADLINE, SAMPLING, Arrays, level, service, tasks, wait_until, weights
 from tests.integration.thread_world import worlds
+from tests.unit.tiny_model import model_config
 
 pytestmark = pytest.mark.timeout(240)
 BATCH = tasks(8)
@@ -223,3 +225,60 @@ def test_one_that_stops_in_good_order_is_left_by_all_processes(shared):
         assert [run.fleet.client.addresses for run in runs] == [[services[0].address, services[2].address]] * 2
     assert [run.pushed for run in runs] == [[], []]
     assert not any("is lost" in line for run in runs for line in run.said)
+
+
+def test_one_that_was_away_while_weights_were_pushed_gets_the_present_ones(tmp_path):
+    """The pushes of a run go on without a dead service, by differences too; when it is back it gets everything."""
+    services = [service(tmp_path / str(i), "--delay", "0.01") for i in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        addresses = list(pool.map(lambda process: process.start(), services))
+    run = Run(lambda say: Fleet(config_of(services=addresses), tmp_path / "c.yaml", tmp_path / "s.log", say))
+    pusher = Pusher(run.fleet.client, model_config(300), "float32", run_id="run", epoch=1, timeout=DEADLINE)
+    now = {"version": 0, "arrays": weights(0)}
+
+    def push():  # as the trainer does
+        while True:
+            try:
+                return pusher.push_weights(Arrays(now["arrays"]), now["version"])
+            except PushError as error:
+                run.fleet.bring_back(error.address, error)
+
+    def step(change):
+        now["version"] += 1
+        now["arrays"] = [array.copy() for array in now["arrays"]]
+        now["arrays"][0][0, 0] += change
+        return push()
+
+    def episodes():
+        played = run.fleet.rollout(
+            BATCH,
+            samples=1,
+            sampling=SAMPLING,
+            version=now["version"],
+            seed=0,
+            max_turns=5,
+            on_trajectory=lambda trajectory: None,
+        )
+        assert {version for e in played for version, _, _ in e.spans} == {now["version"]}
+        assert [e.logprobs[0] for e in played] == pytest.approx([level(now["arrays"])] * len(played), rel=1e-5)
+
+    run.fleet.republish = push
+    try:
+        push()
+        episodes()
+        kill(addresses[1])
+        assert step(1.0)["bridge/services"] == 2
+        assert step(2.0)["bridge/services"] == 2
+        episodes()
+        services[1]._command += ["--listen", addresses[1]]
+        services[1].restart()
+        episodes()
+        assert len(run.fleet.client.addresses) == 3
+        with Stub(addresses[1]) as stub:
+            assert stub.status().stats["generated_tokens"] > 0
+        assert step(3.0)["bridge/services"] == 3
+        episodes()
+    finally:
+        run.fleet.close()
+        for process in services:
+            process.stop(grace=0.2)

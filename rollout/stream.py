@@ -37,7 +37,8 @@ class Finished:
 
 @dataclass(frozen=True)
 class Unplayed:
-    """Questions that nobody is playing any more. `error`: their service is lost; otherwise an episode failed."""
+    """Questions that nobody is playing any more. `error`: their service is lost, or stops (it may then still play others, and
+    there may be no tasks yet); otherwise an episode failed."""
 
     tasks: list[Task]
     error: BridgeError | None = None
@@ -54,6 +55,7 @@ class _Call:
     heard: float = field(default_factory=time.monotonic)
     progressed: float = field(default_factory=time.monotonic)
     last: tuple[int, int] = (0, 0)
+    stopping: bool = False
 
     def note(self, event: pb.RolloutEvent, now: float) -> None:
         """Called as an event arrives, whenever it is looked at."""
@@ -94,8 +96,11 @@ class GroupStream:
         return sum(len(call.tasks) for call in self._calls)
 
     def submit(self, tasks: Sequence[Task], *, version: int, seed: int) -> None:
-        """Asks for a group of each task, at weight version `version` or later, of the services with least to do."""
+        """Asks for a group of each task, at weight version `version` or later, of the services with least to do. Raises
+        BridgeError when there is none."""
         stubs = self._client.playing
+        if not stubs:
+            raise BridgeError("", "no rollout service is there to be asked for episodes")
         loads = {stub: Load(self._samples * self._held(stub)) for stub in stubs}
         placed = deal([(task.id, self._samples) for task in tasks], loads)
         for stub in stubs:
@@ -147,7 +152,7 @@ class GroupStream:
         try:
             for event in call.call:
                 call.note(event, time.monotonic())
-                if event.WhichOneof("event") == "trajectory":
+                if event.WhichOneof("event") == "trajectory" or event.progress.stopping:
                     self._events.put((call, event))
         except grpc.RpcError as error:
             self._events.put((call, explain(call.stub.address, error)))
@@ -158,9 +163,10 @@ class GroupStream:
         if isinstance(event, BridgeError):
             return self._lose(call, event)
         if event is None:
-            self._calls.remove(call)
-            left = list(call.tasks.values())
-            return self._failed(left, f"service {call.stub.address} ended without it") if left else None
+            return self._end(call)
+        if event.WhichOneof("event") == "progress":  # it was told to stop: it plays on for a while and takes no more
+            told, call.stopping = call.stopping, True
+            return None if told else Unplayed([], self._stops(call))
         try:
             episode = wire.trajectory_from_proto(event.trajectory)
         except wire.WireError as error:
@@ -178,6 +184,19 @@ class GroupStream:
             return self._failed([task], faults[0])
         self._failures.pop(task.id, None)
         return Finished(episodes)
+
+    def _end(self, call: _Call) -> Unplayed | None:
+        """After a call that ended well: what it did not bring."""
+        self._calls.remove(call)
+        left = list(call.tasks.values())
+        if not left:
+            return None
+        if call.stopping:
+            return Unplayed(left, self._stops(call))
+        return self._failed(left, f"service {call.stub.address} ended without it")
+
+    def _stops(self, call: _Call) -> BridgeError:
+        return BridgeError(call.stub.address, f"rollout service {call.stub.address} is stopping", stopping=True)
 
     def _failed(self, tasks: list[Task], why: str) -> Unplayed:
         self._failures.update(task.id for task in tasks)

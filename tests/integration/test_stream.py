@@ -86,6 +86,21 @@ def test_groups_of_a_service_that_dies_come_back_unplayed(start):
     client.close()
 
 
+def test_a_service_that_is_told_to_stop_says_so_and_hands_back_what_is_left(start):
+    process = start("--version", "0", "--drain-timeout", "1", "--stuck-from", "3")
+    client = RolloutClient([process.address], retries=0)
+    stream = stream_of(client)
+    stream.submit(tasks(3), version=0, seed=1)
+    first = stream.take(DEADLINE)
+    os.kill(process.pid, signal.SIGTERM)
+    notice, left = everything(stream)
+    assert (notice.tasks, notice.error.stopping) == ([], True)
+    assert left.error.stopping
+    assert sorted(names([first]) + [task.id for task in left.tasks]) == [task.id for task in tasks(3)]
+    stream.close()
+    client.close()
+
+
 def test_a_frozen_service_is_noticed_while_another_is_busy(start):
     frozen, other = start("--version", "0", "--stuck-from", "0"), start("--version", "0", "--delay", "0.01")
     client = RolloutClient([frozen.address, other.address], silence_timeout=3.0)

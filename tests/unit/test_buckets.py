@@ -54,3 +54,9 @@ def check(dtype, mesh):
 def test_buckets_are_the_hf_tensors(dtype):
     """On four devices: test_bridge.py."""
     check(dtype, make_mesh(MeshConfig(), jax.devices()[:1]))
+
+
+def test_buckets_that_an_accelerator_turns_round_are_the_same(monkeypatch):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    check("bfloat16", mesh)

@@ -48,6 +48,11 @@ def test_a_healthy_run_is_silent():
     ("changes", "step", "words"),
     [
         (
+            {"bridge__probe_logprob_diff": lambda s: 1e-5 if s < 20 else 1e-3},
+            20,
+            "start the rollout services again to see if it falls",
+        ),
+        (
             {"outcome__malformed": lambda s: 0.6 if s >= 3 else 0.1},
             3,
             "gave no usable answer; read some in trajectories/",

@@ -240,7 +240,7 @@ class ByteRange(_message.Message):
     def __init__(self, tensor: _Optional[int] = ..., slice: _Optional[int] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
 
 class PushState(_message.Message):
-    __slots__ = ("state", "push_id", "missing", "received_bytes", "pause_seconds", "delta", "held", "probe_mean", "probe_max")
+    __slots__ = ("state", "push_id", "missing", "received_bytes", "pause_seconds", "delta", "held", "probe_mean", "probe_max", "probe_tokens")
     STATE_FIELD_NUMBER: _ClassVar[int]
     PUSH_ID_FIELD_NUMBER: _ClassVar[int]
     MISSING_FIELD_NUMBER: _ClassVar[int]
@@ -250,6 +250,7 @@ class PushState(_message.Message):
     HELD_FIELD_NUMBER: _ClassVar[int]
     PROBE_MEAN_FIELD_NUMBER: _ClassVar[int]
     PROBE_MAX_FIELD_NUMBER: _ClassVar[int]
+    PROBE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     state: State
     push_id: int
     missing: _containers.RepeatedCompositeFieldContainer[ByteRange]
@@ -259,7 +260,8 @@ class PushState(_message.Message):
     held: WeightsKey
     probe_mean: float
     probe_max: float
-    def __init__(self, state: _Optional[_Union[State, str]] = ..., push_id: _Optional[int] = ..., missing: _Optional[_Iterable[_Union[ByteRange, _Mapping]]] = ..., received_bytes: _Optional[int] = ..., pause_seconds: _Optional[float] = ..., delta: _Optional[bool] = ..., held: _Optional[_Union[WeightsKey, _Mapping]] = ..., probe_mean: _Optional[float] = ..., probe_max: _Optional[float] = ...) -> None: ...
+    probe_tokens: int
+    def __init__(self, state: _Optional[_Union[State, str]] = ..., push_id: _Optional[int] = ..., missing: _Optional[_Iterable[_Union[ByteRange, _Mapping]]] = ..., received_bytes: _Optional[int] = ..., pause_seconds: _Optional[float] = ..., delta: _Optional[bool] = ..., held: _Optional[_Union[WeightsKey, _Mapping]] = ..., probe_mean: _Optional[float] = ..., probe_max: _Optional[float] = ..., probe_tokens: _Optional[int] = ...) -> None: ...
 
 class PushReply(_message.Message):
     __slots__ = ("frames", "bytes", "duplicates")

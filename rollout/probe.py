@@ -31,6 +31,7 @@ class Gap:
 
     mean: float = 0.0
     largest: float = 0.0
+    tokens: int = 0
 
 
 def gap(expected: Sequence[Sequence[float]], found: Sequence[Sequence[float]]) -> Gap:
@@ -38,7 +39,7 @@ def gap(expected: Sequence[Sequence[float]], found: Sequence[Sequence[float]]) -
     pairs = zip(expected, found, strict=True)
     parts = [np.subtract(np.array(a, np.float64), np.array(b, np.float64)) for a, b in pairs if _same(a, b)]
     every = np.abs(np.concatenate(parts)) if parts else np.zeros(0)
-    return Gap(float(every.mean()), float(every.max())) if every.size else Gap()
+    return Gap(float(every.mean()), float(every.max()), every.size) if every.size else Gap()
 
 
 def _same(a: Sequence[float], b: Sequence[float]) -> bool:

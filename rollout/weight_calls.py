@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from rollout import bridge_pb2 as pb
 from rollout import wire
-from rollout.engine.base import Engine
+from rollout.engine.base import Engine, EngineError
 from rollout.manifest import Refused, Slice
 from rollout.probe import Gap, Probe, gap
 from rollout.receiver import Key, Range, Receiver
@@ -92,10 +92,17 @@ class WeightCalls:
             self.sure.set()
 
     def _try_out(self, probe: Probe) -> Gap:
-        """Raises ProbeFailed."""
+        """Raises ProbeFailed. An engine that works but has no time for it proves nothing: it goes on unproven."""
         if not probe.sequences:
             return Gap()
-        found = gap(probe.logprobs, self._engine.score(probe.sequences))
+        try:
+            scores = self._engine.score(probe.sequences)
+        except EngineError as error:
+            if self._engine.failure:
+                raise
+            _log.warning("new weights are live although they could not be tried out: %s", error)
+            return Gap()
+        found = gap(probe.logprobs, scores)
         if not found.mean <= probe.tolerance:  # not a number is no pass
             raise ProbeFailed(
                 f"the engine's log-probabilities differ from the learner's by {found.mean:.2g} nats a token in the mean "
@@ -116,6 +123,7 @@ class WeightCalls:
             held=key_to_proto(receiver.held),
             probe_mean=self._gap.mean,
             probe_max=self._gap.largest,
+            probe_tokens=self._gap.tokens,
         )
 
 

@@ -206,9 +206,11 @@ class Pusher:
             "delta_services": push.on_delta,
             "check_seconds": push.checking,
             "pause_seconds": max((state.pause_seconds for state in states), default=0.0),
-            "probe_logprob_diff": max((state.probe_mean for state in states), default=0.0),
-            "probe_logprob_diff_max": max((state.probe_max for state in states), default=0.0),
         }
+        tried = [state for state in states if state.probe_tokens]
+        if tried:
+            metrics["probe_logprob_diff"] = max(state.probe_mean for state in tried)
+            metrics["probe_logprob_diff_max"] = max(state.probe_max for state in tried)
         if values:
             metrics |= {"delta_density": changed / values, "delta_ratio": made / covered}
             metrics["encode_seconds"] = encoded.seconds

@@ -164,9 +164,8 @@ class SglangEngine(Engine):
         for ids in sequences:
             self._check_ids(ids)
         with self._updating:  # so that no other weights come in between
-            return [
-                self._runtime.call(self._score(list(ids)), "score a sequence", _CONTROL_SECONDS) for ids in sequences
-            ]
+            scores = [self._runtime.submit(self._score(list(ids))) for ids in sequences]
+            return [self._runtime.result(score, "score a sequence", _CONTROL_SECONDS) for score in scores]
 
     def pause(self) -> None:
         with self._updating:

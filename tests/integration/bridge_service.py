@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from rollout.engine.base import Engine, Session
+from rollout.engine.base import Engine, EngineError, Session
 from rollout.environment import Environment, StepResult
 from rollout.episode import EpisodeSettings, run_batch
 from rollout.listener import Limits
@@ -48,6 +48,7 @@ class TableEngine(Engine):
         fail_apply: int,
         slow_apply: int = -1,
         wrong_scores: int = 0,
+        busy: bool = False,
     ) -> None:
         self.specs, self._version, self.delay, self.stuck_from, self.fail_apply = (
             list(specs),
@@ -56,7 +57,7 @@ class TableEngine(Engine):
             stuck_from,
             fail_apply,
         )
-        self.slow_apply, self.wrong_scores = slow_apply, wrong_scores
+        self.slow_apply, self.wrong_scores, self.busy = slow_apply, wrong_scores, busy
         self.weights: dict[str, np.ndarray] = {}
         self.tokens = self.open = 0
 
@@ -82,6 +83,8 @@ class TableEngine(Engine):
         return 0.0
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        if self.busy:
+            raise EngineError("no time to score")
         self.wrong_scores, off = self.wrong_scores - 1, float(self.wrong_scores > 0)
         return [[float(np.float32(self.level())) + off] * (len(ids) - 1) for ids in sequences]
 
@@ -160,6 +163,7 @@ def main() -> None:
     parser.add_argument("--fail-apply", type=int, default=-1, help="the version that fails once")
     parser.add_argument("--slow-apply", type=int, default=-1, help="the version that takes a minute")
     parser.add_argument("--wrong-scores", type=int, default=0, help="times that it computes something else")
+    parser.add_argument("--busy", action="store_true", help="it has no time to score")
     parser.add_argument("--memory", type=int, help="megabytes that it may take besides what it has")
     parser.add_argument("--drain-timeout", type=float, default=20.0)
     parser.add_argument("--limits", type=json.loads, default={}, help="those of rollout.listener.Limits, as JSON")
@@ -167,7 +171,7 @@ def main() -> None:
     args = parser.parse_args()
     specs = [TensorSpec(n, tuple(s), d) for n, s, d in json.loads(args.specs)] if args.specs else SPECS
     engine = TableEngine(
-        specs, args.version, args.delay, args.stuck_from, args.fail_apply, args.slow_apply, args.wrong_scores
+        specs, args.version, args.delay, args.stuck_from, args.fail_apply, args.slow_apply, args.wrong_scores, args.busy
     )
     if args.memory is not None:
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -245,6 +245,13 @@ def test_an_engine_that_computes_something_else(fleet, wrong):
         one.serve(1, first)
 
 
+def test_an_engine_without_time_for_the_probe_goes_on_and_nothing_is_claimed(fleet):
+    one, first = fleet("--busy"), weights(1)
+    metrics = one.push(1, first, Probe([[1, 2, 3]], [[0.0] * 2], tolerance=0.1))
+    assert "bridge/probe_logprob_diff" not in metrics
+    one.serve(1, first)
+
+
 def test_memory_that_is_full(fleet):
     large = [TensorSpec("embed.weight", (5000, 100_000), "float32")]
     one = fleet("--version", "0", "--memory", "1000", specs=large)

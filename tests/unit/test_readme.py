@@ -38,3 +38,14 @@ def test_benchmarks_exist(command):
 
 def test_the_pages_show_commands():
     assert len(commands("python launch.py")) >= 10
+
+
+def test_the_tests_that_fault_tables_name_exist():
+    rows = re.findall(
+        r"^\|.*\|([^|]*test_[^|]*)\|([^|]*`[^|]*)\|$", (ROOT / "docs" / "bridge.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) > 30
+    for files, names in rows:
+        code = "".join((ROOT / "tests/integration" / f"{file}.py").read_text() for file in files.strip().split(", "))
+        for name in re.findall(r"`([^`]*)`", names):
+            assert f"def test_{name.rstrip('…')}" in code, (files, name)

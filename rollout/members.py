@@ -24,6 +24,7 @@ from rollout.stub import BridgeError, Stub
 DNS = "dns:///"
 PROBE_SECONDS = 5.0
 AGAIN_SECONDS = 0.2
+LONGEST_PAUSE = 60.0
 
 Lookup = Callable[[str, int], list[str]]
 """(name, port) → the addresses `host:port` that it stands for now, sorted; empty when it stands for none."""
@@ -37,6 +38,20 @@ def look_up(name: str, port: int) -> list[str]:
         return []
     hosts = sorted({str(address[0]) for *_, address in found})
     return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts]
+
+
+class Pace:
+    """Lets what failed be tried again so seldom that it takes a tenth of the time at most: a closed port at once, a host that
+    swallows packets, or a resolver that does not answer, after a while."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._due = clock, dict[str, float]()
+
+    def due(self, what: str) -> bool:
+        return self._clock() >= self._due.get(what, 0.0)
+
+    def took(self, what: str, seconds: float) -> None:
+        self._due[what] = self._clock() + min(LONGEST_PAUSE, 10 * seconds)
 
 
 @dataclass
@@ -60,14 +75,15 @@ class Members:
     ) -> None:
         if not services:
             raise ValueError("at least one rollout service address is needed")
-        self._security, self._lookup = security, lookup
+        self._security, self._lookup, self._pace = security, lookup, Pace()
         self._names = [split_address(service.removeprefix(DNS)) for service in services if service.startswith(DNS)]
         self._listed = [service for service in services if not service.startswith(DNS)]
+        self._stand_for: dict[str, list[str]] = {}  # name → addresses, as they were last
         self._members: dict[str, _Member] = {}
         for address in self._listed:
             split_address(address)
             self._add(address, present=True)  # until asked
-        self._resolve()
+        self._resolve(eager=True)
 
     @property
     def present(self) -> list[Stub]:
@@ -110,14 +126,15 @@ class Members:
         order = {address: place for place, address in enumerate(addresses)}
         self._members = dict(sorted(self._members.items(), key=lambda item: order.get(item[0], len(order))))
 
-    def look(self, *, strict: bool = False) -> list[str]:
+    def look(self, *, strict: bool = False, eager: bool = False) -> list[str]:
         """Looks names up again and tries those that are away; returns the addresses of those that joined.
 
-        `strict` raises BridgeError for one that answers and will not have us (another token, an untrusted certificate).
+        `strict` raises BridgeError for one that answers and will not have us (another token, an untrusted certificate);
+        `eager` also tries what took long the last time.
         """
-        self._resolve()
-        tried = self._try(self.away)
-        known = set(self._listed) | {address for name in self._names for address in self._lookup(*name)}
+        self._resolve(eager)
+        tried = self._try([address for address in self.away if eager or self._pace.due(address)])
+        known = set(self._listed) | {address for found in self._stand_for.values() for address in found}
         for address, error in tried.items():
             if error is None:
                 self._members[address].present = True
@@ -134,8 +151,8 @@ class Members:
         """
         deadline, joined = time.monotonic() + seconds, []
         while True:
-            joined += self.look(strict=True)
-            if self.present and not (for_all and (self.away or self._unresolved())):
+            joined += self.look(strict=True, eager=True)
+            if self.present and not (for_all and (self.away or not all(self._stand_for.values()))):
                 return joined
             if time.monotonic() > deadline:
                 if self.present:
@@ -161,14 +178,16 @@ class Members:
     def _connect(self, address: str, name: str = "", present: bool = False) -> _Member:
         return _Member(Stub(address, self._security, name), name, present)
 
-    def _resolve(self) -> None:
+    def _resolve(self, eager: bool) -> None:
         for name, port in self._names:
-            for address in self._lookup(name, port):
+            place, started = f"{name}:{port}", time.monotonic()
+            if not eager and not self._pace.due(place):
+                continue
+            self._stand_for[place] = self._lookup(name, port)
+            self._pace.took(place, time.monotonic() - started)
+            for address in self._stand_for[place]:
                 if address not in self._members:
                     self._add(address, name)
-
-    def _unresolved(self) -> bool:
-        return any(not self._lookup(*name) for name in self._names)
 
     def _try(self, addresses: Iterable[str]) -> dict[str, BridgeError | None]:
         """What each says, all asked at once, over new connections: a broken one waits before it tries again."""
@@ -178,9 +197,13 @@ class Members:
         for address in addresses:
             self._add(address, self._members[address].name)
         with ThreadPoolExecutor(min(len(addresses), 32), thread_name_prefix="look") as pool:
-            return dict(
-                zip(addresses, pool.map(lambda a: self._members[a].stub.trouble(PROBE_SECONDS), addresses), strict=True)
-            )
+            return dict(zip(addresses, pool.map(self._trouble, addresses), strict=True))
+
+    def _trouble(self, address: str) -> BridgeError | None:
+        started = time.monotonic()
+        error = self._members[address].stub.trouble(PROBE_SECONDS)
+        self._pace.took(address, time.monotonic() - started if error else 0.0)
+        return error
 
     def _nobody(self, seconds: float) -> BridgeError:
         tried = self._try(self.away)

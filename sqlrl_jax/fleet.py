@@ -243,7 +243,7 @@ class Fleet:
                 deadline = time.monotonic() + limit  # which has its own deadline
             elif time.monotonic() > deadline:
                 raise self._nobody_came(error)
-            if not self.client.members.look():
+            if not self.client.members.look(eager=True):
                 time.sleep(AGAIN_SECONDS)
 
     def _nobody_came(self, error: BridgeError) -> InfrastructureError:

@@ -3,7 +3,7 @@
 import pytest
 
 from rollout.errors import UserError
-from rollout.members import Members, look_up
+from rollout.members import LONGEST_PAUSE, Members, Pace, look_up
 
 
 @pytest.fixture
@@ -66,3 +66,20 @@ def test_the_systems_resolver_gives_every_address_once():
 def test_a_bad_address_is_named(members, service):
     with pytest.raises(UserError, match="expected host:port"):
         members("b:1", service)
+
+
+def test_what_takes_long_is_tried_seldom():
+    now = [100.0]
+    pace = Pace(lambda: now[0])
+    assert pace.due("a")
+    pace.took("a", 0.0)
+    assert pace.due("a"), "a closed port costs nothing"
+    pace.took("a", 5.0)
+    now[0] += 49.0
+    assert not pace.due("a")
+    assert pace.due("b")
+    now[0] += 1.0
+    assert pace.due("a")
+    pace.took("a", 1000.0)
+    now[0] += LONGEST_PAUSE
+    assert pace.due("a")

@@ -162,7 +162,7 @@ class Bench:
         result = {
             "variant": job.variant,
             "seed": job.seed,
-            "settings": [*COMMON, *variant.settings],
+            "settings": [*COMMON, *variant.settings, *self.settings],
             **collect(metrics),
         }
         if variant.votes:

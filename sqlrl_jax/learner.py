@@ -298,7 +298,7 @@ class Learner:
             return counted
         total: Sums = {}
         for sums, _ in steps:
-            total = add_sums(total, sums) if total else sums
+            total = add_sums(total, sums, np.maximum) if total else sums
         first = means({name: float(value) for name, value in steps[0][0].items()})
         weight = sum(b.total_weight for b in batches) * (len(steps) / len(batches))
         out = {f"policy/{name}": value for name, value in means({k: float(v) for k, v in total.items()}).items()}

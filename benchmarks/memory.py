@@ -51,7 +51,7 @@ MODELS = {
 class WithoutHead(Program):
     """Gradients of the mean of each hidden state, in place of a log-probability."""
 
-    def _logprobs(self, params: Params, batch: dict[str, Array]) -> TokenLogprobs:
+    def _outputs(self, params: Params, batch: dict[str, Array]) -> TokenLogprobs:
         value = self._picked(params, batch).mean(-1)
         return TokenLogprobs(value, jnp.zeros_like(value), value > 0)
 
@@ -64,7 +64,7 @@ class WithoutHead(Program):
 class FullLogits(WithoutHead):
     """All logits at one time."""
 
-    def _logprobs(self, params: Params, batch: dict[str, Array]) -> TokenLogprobs:
+    def _outputs(self, params: Params, batch: dict[str, Array]) -> TokenLogprobs:
         table = jax.nn.log_softmax(self._picked(params, batch) @ unembedding(params))
         chosen = jnp.take_along_axis(table, batch["targets"][..., None], axis=-1)[..., 0]
         return TokenLogprobs(chosen, -(jnp.exp(table) * table).sum(-1), table.argmax(-1) == batch["targets"])

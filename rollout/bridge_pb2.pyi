@@ -153,7 +153,7 @@ class Turn(_message.Message):
     def __init__(self, action: _Optional[str] = ..., sql: _Optional[str] = ..., status: _Optional[str] = ..., observation: _Optional[str] = ..., tokens: _Optional[int] = ..., seconds: _Optional[float] = ..., reward: _Optional[float] = ..., answer: _Optional[str] = ...) -> None: ...
 
 class Trajectory(_message.Message):
-    __slots__ = ("task_id", "source", "sample", "prompt_ids", "response_ids", "loss_mask", "logprobs", "spans", "reward", "outcome", "stop_reason", "turns", "metrics", "error")
+    __slots__ = ("task_id", "source", "sample", "prompt_ids", "response_ids", "loss_mask", "logprobs", "spans", "reward", "outcome", "stop_reason", "turns", "metrics", "error", "contexts")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -175,6 +175,7 @@ class Trajectory(_message.Message):
     TURNS_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    CONTEXTS_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     source: str
     sample: int
@@ -189,7 +190,14 @@ class Trajectory(_message.Message):
     turns: _containers.RepeatedCompositeFieldContainer[Turn]
     metrics: _containers.ScalarMap[str, float]
     error: str
-    def __init__(self, task_id: _Optional[str] = ..., source: _Optional[str] = ..., sample: _Optional[int] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., response_ids: _Optional[_Iterable[int]] = ..., loss_mask: _Optional[_Iterable[bool]] = ..., logprobs: _Optional[_Iterable[float]] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., reward: _Optional[float] = ..., outcome: _Optional[str] = ..., stop_reason: _Optional[str] = ..., turns: _Optional[_Iterable[_Union[Turn, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., error: _Optional[str] = ...) -> None: ...
+    contexts: _containers.RepeatedCompositeFieldContainer[Ids]
+    def __init__(self, task_id: _Optional[str] = ..., source: _Optional[str] = ..., sample: _Optional[int] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., response_ids: _Optional[_Iterable[int]] = ..., loss_mask: _Optional[_Iterable[bool]] = ..., logprobs: _Optional[_Iterable[float]] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., reward: _Optional[float] = ..., outcome: _Optional[str] = ..., stop_reason: _Optional[str] = ..., turns: _Optional[_Iterable[_Union[Turn, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., error: _Optional[str] = ..., contexts: _Optional[_Iterable[_Union[Ids, _Mapping]]] = ...) -> None: ...
+
+class Ids(_message.Message):
+    __slots__ = ("ids",)
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class TensorSpec(_message.Message):
     __slots__ = ("name", "shape", "dtype", "slices")

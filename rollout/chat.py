@@ -6,6 +6,10 @@ raw text inside it. Conversation: an observation is a user message, so the model
 with the separators of the model's own chat template. Those are found by rendering a short conversation through the
 template and taking what follows the assistant's words, which works for any template that writes messages in order.
 
+Step by step (`step_wise`) each turn is trained on by itself, so its context need not be what the turns before it said to
+the letter: a template that drops the thoughts of earlier turns, such as Qwen3's, is then asked to render the whole
+conversation before each turn. The earlier turns' text is encoded anew there, as context only.
+
 Left out: tools and images in templates, and slow (Python) tokenizers that lack a `tokenizer.json` or vocabulary files.
 """
 
@@ -57,10 +61,12 @@ class Chat:
     """A tokenizer with its chat template, in one of the two styles.
 
     `end_ids` are the tokens that end a turn: the tokenizer's end of sequence and whatever its template closes an assistant
-    message with.
+    message with. `rewrites_history`: a turn's context is `prompt_ids` of all messages before it.
     """
 
-    def __init__(self, tokenizer: Any, *, conversation: bool = False, append_eos: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Any, *, conversation: bool = False, append_eos: bool = True, step_wise: bool = False
+    ) -> None:
         if not getattr(tokenizer, "chat_template", None):
             folder = getattr(tokenizer, "name_or_path", "?")
             raise ChatError(
@@ -75,6 +81,7 @@ class Chat:
         self._turn_end: int | None = closing[0] if closing and closing[0] in special_ids else None
         ends = {tokenizer.eos_token_id, self._turn_end}
         self.end_ids: frozenset[int] = frozenset(i for i in ends if i is not None)
+        self.rewrites_history = step_wise and conversation and self._drops_thoughts()
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Ids of the conversation so far with the opening of the assistant's turn."""
@@ -109,6 +116,14 @@ class Chat:
         if end and self._turn_end is not None:
             ids.append(self._turn_end)
         return ids
+
+    def _drops_thoughts(self) -> bool:
+        """Whether the template leaves the thoughts of earlier turns out."""
+        thought = f"<think>\n{_ASSISTANT_WORDS}\n</think>\n\nx"
+        roles = ("user", "x"), ("assistant", thought), ("user", "x")
+        conversation = [{"role": role, "content": content} for role, content in roles]
+        text = self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        return _ASSISTANT_WORDS not in str(text)
 
     def _after_assistant(self, observation: str) -> str:
         conversation = [

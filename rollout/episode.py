@@ -23,7 +23,7 @@ from rollout.engine.base import Engine, Session
 from rollout.environment import Environment
 from rollout.errors import InfrastructureError
 from rollout.play import Play
-from rollout.types import Generation, SamplingParams, Task, Trajectory
+from rollout.types import Generation, Message, SamplingParams, Task, Trajectory
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ class _Record:
     mask: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     spans: list[tuple[int, int, int]] = field(default_factory=list)
+    contexts: list[list[int]] = field(default_factory=list)
 
     def sampled(self, generation: Generation) -> None:
         start = len(self.response)
@@ -100,30 +101,39 @@ class _EpisodeRun:
 
     async def _play(self, seed: int) -> Trajectory:
         record, settings = self.record, self.settings
-        record.prompt = self.chat.prompt_ids(await self.play.reset(seed))
+        messages = list(await self.play.reset(seed))
+        record.prompt = self.chat.prompt_ids(messages)
         if len(record.prompt) > min(settings.max_prompt_length, settings.max_input_length, self.max_context - 1):
             return self._end("prompt_too_long", "error", f"the prompt has {len(record.prompt)} tokens")
+        context = list(record.prompt)
         pending: list[int] = []  # the observation joins the response only if another turn follows it
         for number in range(1, settings.max_turns + 1):
-            size = len(record.prompt) + len(record.response) + len(pending)
-            if size > settings.max_input_length or size >= self.max_context:
+            if len(context) > settings.max_input_length or len(context) >= self.max_context:
                 await self.play.finish()
                 return self._end("overflow", "overflow")
             record.observed(pending)
-            generation = await self._generate(size, seed)
+            if self.chat.rewrites_history:
+                record.contexts.append(context)
+            generation = await self._generate(context, seed)
             if generation.finish_reason == "abort":
                 return self._end("infrastructure", "error", f"turn {number} was aborted by the engine")
             action, tokens = self.chat.action_text(generation.output_ids), len(generation.output_ids)
             step = await self.play.step(action, tokens, cut=generation.finish_reason == "length")
             if step.done:
                 return self._end(step.outcome, self.play.reason)
-            pending = self.chat.observation_ids(step.observation or "", generation.output_ids)
+            observation = step.observation or ""
+            pending = self.chat.observation_ids(observation, generation.output_ids)
+            if self.chat.rewrites_history:
+                messages += [Message(role="assistant", content=action), Message(role="user", content=observation)]
+                context = self.chat.prompt_ids(messages)
+            else:
+                context = record.prompt + record.response + pending
         return self._end(await self.play.finish(), self.play.reason)
 
-    async def _generate(self, size: int, seed: int) -> Generation:
-        params = replace(self.params, max_tokens=min(self.params.max_tokens, self.max_context - size))
+    async def _generate(self, context: list[int], seed: int) -> Generation:
+        params = replace(self.params, max_tokens=min(self.params.max_tokens, self.max_context - len(context)))
         started = time.monotonic()
-        generation = await self.session.generate(self.record.prompt + self.record.response, params, seed)
+        generation = await self.session.generate(context, params, seed)
         self.play.metrics["generate_seconds"] += time.monotonic() - started
         self.record.sampled(generation)
         return generation
@@ -131,7 +141,7 @@ class _EpisodeRun:
     def _end(self, outcome: str, reason: str, error: str = "") -> Trajectory:
         r, trajectory = self.record, self.play.trajectory(outcome, reason, error)
         trajectory.prompt_ids, trajectory.response_ids, trajectory.loss_mask = r.prompt, r.response, r.mask
-        trajectory.logprobs, trajectory.spans = r.logprobs, r.spans
+        trajectory.logprobs, trajectory.spans, trajectory.contexts = r.logprobs, r.spans, r.contexts
         return trajectory
 
 

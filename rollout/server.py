@@ -288,6 +288,7 @@ def _build(config: Config, stack: contextlib.ExitStack) -> tuple[Engine, Player]
         load_tokenizer(config.trainer.policy.model.path),
         conversation=generator.use_conversation_multi_turn,
         append_eos=generator.append_eos_token_after_stop_str_in_multi_turn,
+        step_wise=generator.step_wise_trajectories,
     )
     pool = stack.enter_context(ThreadPoolExecutor(64, thread_name_prefix="environment"))
     environments = stack.enter_context(make_environment_factory(config))  # closed before the threads that wait for it

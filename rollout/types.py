@@ -86,6 +86,8 @@ class Trajectory:
 
     `response_ids`, `loss_mask` and `logprobs` have one length R: everything after the prompt. The mask is 1 on sampled
     tokens only; `logprobs` is 0.0 where the mask is 0. `spans` are (weight version, start, end) over the response.
+    `contexts` are, for each turn, the ids that it was generated from, where a chat template rewrites what came before
+    (it drops thoughts); empty where each turn was generated from the prompt and all of the response before it.
     """
 
     task_id: str
@@ -102,6 +104,7 @@ class Trajectory:
     turns: list[Turn] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     error: str = ""
+    contexts: list[list[int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,7 @@ def trajectory_to_proto(t: Trajectory) -> pb.Trajectory:
         stop_reason=t.stop_reason,
         metrics=t.metrics,
         error=whole(t.error),
+        contexts=[pb.Ids(ids=ids) for ids in t.contexts],
     )
     for turn in t.turns:
         message.turns.add(
@@ -108,6 +109,7 @@ def trajectory_from_proto(message: pb.Trajectory) -> Trajectory:
         turns=[_turn(t) for t in message.turns],
         metrics=dict(message.metrics),
         error=message.error,
+        contexts=[list(context.ids) for context in message.contexts],
     )
 
 

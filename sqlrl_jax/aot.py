@@ -2,7 +2,8 @@
 
 Three functions make a step: the gradients of a micro-batch, which is where time and memory go, their application, and under a
 KL term or a correction the scoring. The first two are compiled, with the very shapes and shardings of a run. What a device
-holds beside a function's own arguments (the optimizer's state while gradients are computed, a reference model) is added.
+holds beside a function's own arguments (the optimizer's state while gradients are computed, a reference model, a critic)
+is added. A critic's own functions are left out: they are the policy's without its head, which is what needs most.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from jax.sharding import Mesh
 from rollout.errors import UserError
 from sqlrl_jax import hlo
 from sqlrl_jax.config import Config
+from sqlrl_jax.critic import make_critic_program
 from sqlrl_jax.learner import make_program, old_policy
 from sqlrl_jax.mesh import replicated
 from sqlrl_jax.model.config import ModelConfig
@@ -60,18 +62,20 @@ def compile_step(config: Config, model: ModelConfig, mesh: Mesh) -> Iterator[Com
     shapes, one = jax.eval_shape(program.zeros, state.params, frozen, batch), jax.ShapeDtypeStruct((), np.int32)
     where = (program.gradient_shardings, jax.tree.map(lambda _: replicated(mesh), shapes[1]))
     gradients, sums = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, where)
-    reference = 0.0
+    beside = 0.0
+    if config.trainer.algorithm.needs_critic:
+        beside += _held(make_critic_program(config, mesh, model, warmup + 1).abstract_state())
     if config.trainer.algorithm.needs_reference and not program.frozen:
-        reference = _held(state.params) / np.dtype(config.trainer.policy.param_dtype).itemsize
-        reference *= jax.numpy.dtype(config.trainer.policy.compute_dtype).itemsize
+        numbers = _held(state.params) / np.dtype(config.trainer.policy.param_dtype).itemsize
+        beside += numbers * jax.numpy.dtype(config.trainer.policy.compute_dtype).itemsize
     weight = jax.ShapeDtypeStruct((), np.float32)
     yield _compile(
         "gradients",
         program.add,
         (gradients, sums, state.params, frozen, batch, one),
-        _held(state.opt_state) + reference,
+        _held(state.opt_state) + beside,
     )
-    yield _compile("apply", program.apply, (state, gradients, weight), _held(frozen) + reference)
+    yield _compile("apply", program.apply, (state, gradients, weight), _held(frozen) + beside)
 
 
 def abstract_batch(config: Config, program: Program) -> dict[str, jax.ShapeDtypeStruct]:
@@ -86,6 +90,9 @@ def abstract_batch(config: Config, program: Program) -> dict[str, jax.ShapeDtype
     for name, (wanted, dtype) in added.items():
         if wanted:
             batch[name] = jax.ShapeDtypeStruct(batch["index"].shape, dtype, sharding=batch["index"].sharding)
+    if algorithm.use_kl_loss and algorithm.adapts_kl:
+        count = batch["count"]
+        batch["kl_coef"] = jax.ShapeDtypeStruct(count.shape, np.float32, sharding=count.sharding)
     return batch
 
 

@@ -2,7 +2,9 @@
 
     checkpoints/<step>/params/     the trained weights (sharded on disk too; restores onto any mesh)
     checkpoints/<step>/optimizer/  moments and counters
-    checkpoints/<step>/record/     the step, its evaluation accuracy if it was measured, a checksum of every array
+    checkpoints/<step>/critic/     the critic's weights, moments and counters, where there is one
+    checkpoints/<step>/record/     the step, its evaluation accuracy if it was measured, a checksum of every array, the
+                                   present weight of the KL
     checkpoints/model/             config.json, tokenizer and adapters' settings, so that a checkpoint can be exported
 
 A save that was cut short never counts as a checkpoint (Orbax renames it into place when it is whole). One that was
@@ -40,16 +42,29 @@ from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.hf_files import CheckpointError
 from sqlrl_jax.step import State
 
-_ITEMS = ("params", "optimizer")
+_ITEMS = ("params", "optimizer", "critic")
 WRITE_SECONDS = 600
 """How long one process's part of a save may take while the others wait for it."""
 
 
-class Trained(Protocol):
-    """What is saved: the learner, or anything with its state."""
+class Stateful(Protocol):
+    """What is restored where there are shapes for it."""
 
     state: State
+
+    def abstract_state(self) -> State:
+        """Shapes, dtypes and shardings of `state`."""
+
+
+class Trained(Stateful, Protocol):
+    """What is saved: the learner, or anything with its state."""
+
     model_config: ModelConfig
+    kl_coef: float
+
+    @property
+    def critic(self) -> Stateful | None:
+        """The critic, where there is one."""
 
     @property
     def lora(self) -> LoraConfig:
@@ -58,9 +73,6 @@ class Trained(Protocol):
     @property
     def tokenizer_dir(self) -> Path:
         """Where the model's files are, its tokenizer among them."""
-
-    def abstract_state(self) -> State:
-        """Shapes, dtypes and shardings of `state`."""
 
 
 class Checkpoints:
@@ -87,10 +99,10 @@ class Checkpoints:
         Does nothing when that step is saved already."""
         if step in self._manager.all_steps():
             return
-        items = _items(trained.state)
+        items = _items(trained.state, trained.critic.state if trained.critic else None)
         self._agree(self._manager.check_for_errors)
         self._agree(lambda: self._prepare(trained, sum(array.nbytes for array in jax.tree.leaves(items))))
-        record = {"step": step, "score": score, "checksums": checksums(items), "data": data}
+        record = {"step": step, "score": score, "kl_coef": trained.kl_coef, "checksums": checksums(items), "data": data}
         if jax.default_backend() == "cpu":  # the host's view of an array is the array, and the next step overwrites it
             items = jax.tree.map(jnp.copy, items)
         saves = {name: ocp.args.StandardSave(item) for name, item in items.items()}
@@ -119,13 +131,18 @@ class Checkpoints:
         """
         self.wait()
         require_same_adapters(self.directory / MODEL, trained.lora)
-        faults: dict[int, str] = {}
+        critic, faults = trained.critic, dict[int, str]()
+        abstract = _items(trained.abstract_state(), critic.abstract_state() if critic else None)
         for step in sorted(self._manager.all_steps(), reverse=True):
-            items, fault = restore_items(self.directory / str(step), _items(trained.abstract_state()), self._exchange)
+            folder = self.directory / str(step)
+            items, fault = restore_items(folder, abstract, self._exchange)
             if fault:
                 faults[step] = fault
                 continue
             trained.state = State(items["params"], **items["optimizer"])
+            if critic:
+                critic.state = State(**items["critic"])
+            trained.kl_coef = read_record(folder).get("kl_coef", trained.kl_coef)
             for bad, told in faults.items():
                 aside = self._set_aside(bad)
                 warn(f"checkpoint {bad} cannot be read ({told}); it is now {aside.name}. Going on from {step}")
@@ -233,6 +250,8 @@ class _Best(managers.PreservationPolicy):
         return [best is not None and step == best[0] for step in steps]
 
 
-def _items(state: State) -> dict[str, Any]:
-    """The state as the items of a checkpoint."""
-    return {"params": state.params, "optimizer": {k: v for k, v in state._asdict().items() if k != "params"}}
+def _items(state: State, critic: State | None) -> dict[str, Any]:
+    """The states as the items of a checkpoint."""
+    optimizer = {k: v for k, v in state._asdict().items() if k != "params"}
+    others = {"critic": critic._asdict()} if critic else {}
+    return {"params": state.params, "optimizer": optimizer, **others}

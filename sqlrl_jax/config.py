@@ -17,6 +17,8 @@ from sqlrl_jax.config_base import ConfigError as ConfigError
 from sqlrl_jax.config_base import Section
 from sqlrl_jax.config_bridge import BridgeConfig as BridgeConfig
 from sqlrl_jax.config_lora import LoraConfig as LoraConfig
+from sqlrl_jax.config_optimizer import CriticConfig
+from sqlrl_jax.config_optimizer import OptimizerConfig as OptimizerConfig
 from sqlrl_jax.config_sft import SFTConfig
 
 
@@ -38,23 +40,6 @@ class MeshConfig(Section):
         if 0 in sizes or sizes.count(-1) > 1:
             raise ValueError("sizes are at least 1, and -1 (take what is left) on at most one axis")
         return self
-
-
-class OptimizerConfig(Section):
-    name: Literal["adamw", "muon"] = "adamw"
-    """adamw, or muon (orthogonalised momentum on matrices, AdamW on the rest) which suits training from nothing."""
-    lr: float = Field(1e-6, gt=0, le=1)
-    """Learning rate."""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the first and second moment."""
-    weight_decay: float = Field(0.01, ge=0, le=1)
-    """Decoupled weight decay, on matrices only."""
-    max_grad_norm: float = Field(0.5, gt=0)
-    """Gradients are scaled down to this global norm."""
-    num_warmup_steps: int = Field(0, ge=0)
-    """Optimizer steps over which the learning rate rises from 0."""
-    scheduler: Literal["constant", "cosine"] = "constant"
-    """What follows the warm-up. cosine falls to zero over the run."""
 
 
 class DistributedConfig(Section):
@@ -128,6 +113,8 @@ class TrainerConfig(Section):
     """Questions in a training step. An epoch's last partial batch is dropped."""
     policy_mini_batch_size: int = Field(256, ge=1)
     """Questions in one optimizer step; must divide train_batch_size."""
+    critic_mini_batch_size: int | None = Field(None, ge=1)
+    """Questions in one optimizer step of the critic; must divide train_batch_size. null: policy_mini_batch_size."""
     update_epochs_per_batch: int = Field(1, ge=1)
     """Passes over each batch of episodes."""
     max_staleness: int = Field(0, ge=0, le=64)
@@ -157,14 +144,20 @@ class TrainerConfig(Section):
     distributed: DistributedConfig = DistributedConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     policy: PolicyConfig = PolicyConfig()
+    critic: CriticConfig = CriticConfig()
     ref: RefConfig = RefConfig()
+
+    @property
+    def critic_questions(self) -> int:
+        """Questions in one optimizer step of the critic."""
+        return self.critic_mini_batch_size or self.policy_mini_batch_size
 
     @model_validator(mode="after")
     def _minibatches_fit(self) -> TrainerConfig:
-        if self.train_batch_size % self.policy_mini_batch_size:
-            raise ValueError(
-                f"policy_mini_batch_size {self.policy_mini_batch_size} must divide train_batch_size {self.train_batch_size}"
-            )
+        for name in ("policy_mini_batch_size", "critic_mini_batch_size"):
+            size = getattr(self, name)
+            if size and self.train_batch_size % size:
+                raise ValueError(f"{name} {size} must divide train_batch_size {self.train_batch_size}")
         return self
 
 
@@ -230,6 +223,9 @@ class GeneratorConfig(Section):
     """true: each observation is a chat message of its own; false: one growing assistant message."""
     append_eos_token_after_stop_str_in_multi_turn: bool = True
     """In conversation style, close a turn that ended on a stop string with the end-of-turn token (mask 0)."""
+    step_wise_trajectories: bool = False
+    """Train on each turn as a sample of its own: its prompt is all that came before it. In conversation style a chat
+    template that drops the thoughts of earlier turns then does so before each turn."""
     apply_overlong_filtering: bool = False
     """Leave episodes that ran out of tokens, in a turn or in the context, out of the update."""
     zero_reward_on_non_stop: bool = False

@@ -1,6 +1,6 @@
 """The settings of trainer.algorithm: advantages, policy loss, corrections, reduction. docs/algorithms.md has the formulas.
 
-Left out until there is a value head: gae, and what belongs to it.
+The critic of gae is a model and has a section of its own, trainer.critic (config_optimizer.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pydantic import Field, JsonValue, model_validator
 
 from sqlrl_jax.config_base import OneOfOrOwn, Section
 
-ADVANTAGE_ESTIMATORS = ("grpo", "rloo", "reinforce++", "maxrl")
+ADVANTAGE_ESTIMATORS = ("grpo", "rloo", "reinforce++", "maxrl", "gae")
 POLICY_LOSSES = (
     "ppo",
     "dual_clip",
@@ -22,6 +22,7 @@ POLICY_LOSSES = (
     "clip_cov",
     "kl_cov",
     "importance_sampling",
+    "cross_entropy",
 )
 CORRECTED_BY_THEMSELVES = ("dppo", "importance_sampling")
 """Losses whose ratio is to the rollout's policy already."""
@@ -110,6 +111,15 @@ class KLCovConfig(Section):
     """Its weight."""
 
 
+class KLControlConfig(Section):
+    type: Literal["fixed", "adaptive"] = "fixed"
+    """fixed keeps kl_loss_coef; adaptive starts there and steers the KL of the sampled tokens towards kl_target."""
+    kl_target: float = Field(0.1, gt=0)
+    """adaptive: the KL aimed at, a mean over tokens by kl_estimator_type."""
+    horizon: int = Field(10_000, ge=1)
+    """adaptive: episodes over which the coefficient changes by up to a fifth of itself."""
+
+
 class OverlongBufferConfig(Section):
     len: int = Field(0, ge=0)
     """Tokens before generator.max_input_length over which an episode's reward falls; 0 is off."""
@@ -126,11 +136,16 @@ class DynamicSamplingConfig(Section):
 
 class AlgorithmConfig(Section):
     advantage_estimator: Annotated[str, OneOfOrOwn(ADVANTAGE_ESTIMATORS)] = "grpo"
-    """How good an episode was beside others: grpo (arXiv:2402.03300), rloo, reinforce++, maxrl, or your own function."""
+    """How good an episode was: grpo (arXiv:2402.03300), rloo, reinforce++, maxrl, gae (with trainer.critic), or your own."""
     grpo_norm_by_std: bool = True
     """Divide by the group's standard deviation; false gives Dr. GRPO (arXiv:2503.20783)."""
     gamma: float = Field(1.0, gt=0, le=1)
-    """Discount of reinforce++ for each token between a token and the episode's end."""
+    """Discount of reinforce++ and gae for each sampled token between a token and a reward."""
+    lambd: float = Field(1.0, ge=0, le=1)
+    """gae's lambda (arXiv:1506.02438): 1 trusts the rewards alone, 0 the critic's next value alone."""
+    value_clip: float | None = Field(0.2, gt=0)
+    """The critic's loss counts a value as if it had moved at most this far from the value before the update, where that is
+    worse; null clips nothing."""
     policy_loss_type: Annotated[str, OneOfOrOwn(POLICY_LOSSES)] = "ppo"
     """ppo: clipped ratio (arXiv:1707.06347). The others: docs/algorithms.md. Or your own function."""
     eps_clip_low: float = Field(0.2, gt=0, lt=1)
@@ -158,9 +173,10 @@ class AlgorithmConfig(Section):
     use_kl_loss: bool = False
     """Add kl_loss_coef times the KL from the reference model (trainer.ref) to the loss."""
     use_kl_in_reward: bool = False
-    """Subtract it from each episode's reward instead, summed over the tokens as they were drawn."""
+    """Subtract it from each sampled token's reward instead, with the tokens as they were drawn."""
     kl_loss_coef: float = Field(0.001, ge=0)
-    """Weight of the KL, in the loss or in the reward."""
+    """Weight of the KL, in the loss or in the reward; with kl_ctrl.type adaptive its first value."""
+    kl_ctrl: KLControlConfig = KLControlConfig()
     kl_estimator_type: Literal["k1", "k2", "k3", "abs"] = "k3"
     """With d = log pi - log pi_ref: d, d^2/2, exp(-d) - 1 + d, or |d|."""
     overlong_buffer: OverlongBufferConfig = OverlongBufferConfig()
@@ -175,12 +191,26 @@ class AlgorithmConfig(Section):
         """Whether the reference model is asked for log-probabilities."""
         return self.use_kl_loss or self.use_kl_in_reward
 
+    @property
+    def needs_critic(self) -> bool:
+        """Whether there is a critic beside the policy."""
+        return self.advantage_estimator == "gae"
+
+    @property
+    def adapts_kl(self) -> bool:
+        """Whether the weight of the KL changes from step to step."""
+        return self.needs_reference and self.kl_ctrl.type == "adaptive"
+
     @model_validator(mode="after")
     def _fits_together(self) -> AlgorithmConfig:
         if self.use_kl_loss and self.use_kl_in_reward:
             raise ValueError("use_kl_loss and use_kl_in_reward would count the KL twice: choose one")
         if self.use_kl_in_reward and self.advantage_estimator == "maxrl":
             raise ValueError("maxrl divides by the mean reward and needs none below 0: use use_kl_loss instead")
+        if self.kl_ctrl.type == "adaptive" and (not self.needs_reference or self.kl_loss_coef == 0):
+            raise ValueError(
+                "kl_ctrl.type adaptive has no KL to steer: set use_kl_loss or use_kl_in_reward, and kl_loss_coef above 0"
+            )
         if self.loss_reduction == "seq_mean_token_sum_norm" and self.max_seq_len is None:
             raise ValueError("loss_reduction seq_mean_token_sum_norm needs max_seq_len, the tokens it divides by")
         if self.off_policy_correction.tis_ratio_type and self.policy_loss_type in CORRECTED_BY_THEMSELVES:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 from jax.sharding import AbstractMesh
 
 from sqlrl_jax.config import Config, PolicyConfig
+from sqlrl_jax.critic import value_specs
 from sqlrl_jax.mesh import AXES, RULES, split_axes
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.lora import frozen_specs, trained_specs
@@ -61,6 +62,8 @@ class Memory:
     gradients: float
     reference: float
     """Weights of a KL term's reference model, where it is another copy."""
+    critic: float
+    """Weights and optimizer of gae's critic, which rest meanwhile."""
     saved: float
     """Activations kept from the forward for the backward pass."""
     working: float
@@ -173,15 +176,26 @@ class Cost:
             optimizer=0.0 if self.policy.offload_optimizer else self._optimizer() * master,
             gradients=trained * 4,
             reference=sum(map(self._local, self.all.values())) * self.width if copies else 0.0,
+            critic=self._critic() * master if self.config.trainer.algorithm.needs_critic else 0.0,
             saved=self._saved(),
             working=max(self._layer_work(), self._head_work()) + trained * self._more_gradients(),
         )
 
     def _optimizer(self) -> float:
-        return sum(self._local(spec) * self._moments(path, spec) for path, spec in self.trained.items())
+        name = self.policy.optimizer_config.name
+        return sum(self._local(spec) * self._moments(name, path, spec) for path, spec in self.trained.items())
 
-    def _moments(self, path: str, spec: ParamSpec) -> int:
-        muon = self.policy.optimizer_config.name == "muon" and spec.is_matrix and path.startswith("layers.")
+    def _critic(self) -> float:
+        """Numbers of a critic with the policy's sizes, and of its moments."""
+        name = self.config.trainer.critic.optimizer_config.name
+        specs, offloaded = value_specs(self.model), self.policy.offload_optimizer
+        return sum(
+            self._local(spec) * (1 + (0 if offloaded else self._moments(name, path, spec)))
+            for path, spec in specs.items()
+        )
+
+    def _moments(self, optimizer: str, path: str, spec: ParamSpec) -> int:
+        muon = optimizer == "muon" and spec.is_matrix and path.startswith("layers.")
         return 1 if muon else 2
 
     def _more_gradients(self) -> int:

@@ -28,7 +28,8 @@ from sqlrl_jax.allocator import keep_freed_frames, keep_freed_memory
 from sqlrl_jax.config import Config, ConfigError, TrainerConfig
 from sqlrl_jax.config_algorithm import AlgorithmConfig
 from sqlrl_jax.config_lora import LoraConfig
-from sqlrl_jax.data.packing import PackedBatch, Sample, pack, samples_of
+from sqlrl_jax.critic import Critic
+from sqlrl_jax.data.packing import PackedBatch, Sample, by_question, pack, pack_for, samples_of
 from sqlrl_jax.mesh import make_mesh
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.hf import load_hf
@@ -76,7 +77,7 @@ def objective_of(
         selected=batch.get("selected"),
         reference_logprobs=batch.get("reference_logprobs"),
     )
-    return policy_objective(tokens, out.entropy, policy_loss, algorithm)
+    return policy_objective(tokens, out.entropy, policy_loss, algorithm, batch.get("kl_coef"))
 
 
 def make_program(config: Config, mesh: Mesh, model_config: ModelConfig, optimizer_steps: int = 0) -> Program:
@@ -97,7 +98,9 @@ def make_program(config: Config, mesh: Mesh, model_config: ModelConfig, optimize
 
 class Learner:
     """Parameters, optimizer and the update. `params` are the model's weights: trained, or frozen under adapters. The
-    `reference` of a KL term is another model's, or `params` as they are now."""
+    `reference` of a KL term is another model's, or `params` as they are now. With a `critic`, its state is part of what a
+    checkpoint holds; so is `kl_coef`, the present weight of the KL. What an episode is worth, and the critic's own steps,
+    are credit.py's business."""
 
     def __init__(
         self,
@@ -107,8 +110,10 @@ class Learner:
         params: Params,
         optimizer_steps: int = 0,
         reference: Params | None = None,
+        critic: Critic | None = None,
     ) -> None:
         self.config, self.mesh, self.model_config = config, mesh, model_config
+        self.critic, self.kl_coef = critic, config.trainer.algorithm.kl_loss_coef
         policy = config.trainer.policy
         self._reference = reference
         self._old, self._compiled = old_policy(config.trainer), compile_cache.counter()
@@ -164,27 +169,42 @@ class Learner:
         """Shapes, dtypes and shardings of `state`."""
         return self._stepper.program.abstract_state()
 
-    def update(self, trajectories: Sequence[Trajectory], advantages: Advantages) -> dict[str, float]:
+    def update(
+        self, trajectories: Sequence[Trajectory], advantages: Advantages, owners: Sequence[int] | None = None
+    ) -> dict[str, float]:
         """Trains on a batch of episodes, one advantage each or one a sampled token; returns the metrics named policy/*.
+        Where they are parts of episodes, `owners` says of which, for those metrics that count episodes.
 
         Episodes of one task_id are one question; a minibatch is `policy_mini_batch_size` questions in order of
         appearance. With `zero_variance_filter`, questions whose advantages are all zero are left out, with
         `apply_overlong_filtering` episodes that ran out of tokens.
         """
-        batches = [p for p in self._minibatches(trajectories, advantages) if p.total_weight > 0]
+        owners = range(len(trajectories)) if owners is None else owners
+        made = [(chosen, p) for chosen, p in self._minibatches(trajectories, advantages) if p.total_weight > 0]
+        batches = [packed for _, packed in made]
         if self._old == "scored":
             for packed in batches:
-                packed.put("old_logprobs", [out.logprobs for out in self._stepper.logprobs(packed)])
+                packed.put("old_logprobs", [out.logprobs for out in self._stepper.scored(packed)])
         if self.config.trainer.algorithm.use_kl_loss:
             for packed in batches:
-                scored = self._stepper.logprobs(packed, self._reference)
+                scored = self._stepper.scored(packed, self._reference)
                 packed.put("reference_logprobs", [out.logprobs for out in scored])
+                if self.config.trainer.algorithm.adapts_kl:
+                    packed.put("kl_coef", [np.asarray(self.kl_coef, np.float32)] * len(packed.micro_batches))
         steps = []
         for _ in range(self.config.trainer.update_epochs_per_batch):
             for packed in batches:
                 self._select(packed)
                 steps.append(self._stepper.minibatch(packed))
-        return self._metrics(batches, jax.device_get(steps), trajectories)
+        counts = {
+            "policy/episodes": len(set(owners)),
+            "policy/trained_episodes": sum(len({owners[i] for i in chosen}) for chosen, _ in made),
+            "policy/trained_samples": sum(packed.samples for packed in batches),
+            "policy/overlong_filtered": len(
+                {o for o, t in zip(owners, trajectories, strict=True) if self._left_out(t)}
+            ),
+        }
+        return {name: float(count) for name, count in counts.items()} | self._metrics(batches, jax.device_get(steps))
 
     def evaluate_logprobs(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
         """The present weights' log-probabilities of each episode's sampled tokens, at the sampling temperature."""
@@ -209,41 +229,30 @@ class Learner:
         scored = packed.per_sample([np.asarray(out.logprobs) for out in self._stepper.plain_logprobs(packed)])
         return [logprobs.tolist() for logprobs in scored]
 
-    def kl_penalties(self, trajectories: Sequence[Trajectory]) -> np.ndarray:
-        """What use_kl_in_reward takes from each episode's reward: kl_loss_coef times the summed KL of its sampled tokens."""
-        algorithm = self.config.trainer.algorithm
-        sums = []
+    def reference_kls(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
+        """The KL of each episode's sampled tokens, as they were drawn, from the reference."""
+        kind, out = self.config.trainer.algorithm.kl_estimator_type, []
         for trajectory, reference in zip(trajectories, self._evaluate(trajectories, self._reference), strict=True):
             drawn = np.array(trajectory.logprobs)[np.array(trajectory.loss_mask, bool)]
-            sums.append(approximate_kl(drawn, reference, algorithm.kl_estimator_type).sum())
-        return algorithm.kl_loss_coef * np.array(sums)
+            out.append(approximate_kl(drawn, reference, kind))
+        return out
 
     def _evaluate(self, trajectories: Sequence[Trajectory], model: Params | None) -> list[np.ndarray]:
         packed = self._pack(samples_of(trajectories, [0.0] * len(trajectories), "token_mean"))
-        return packed.per_sample([np.asarray(out.logprobs) for out in self._stepper.logprobs(packed, model)])
+        return packed.per_sample([np.asarray(out.logprobs) for out in self._stepper.scored(packed, model)])
 
     def _pack(self, samples: list[Sample]) -> PackedBatch:
-        policy = self.config.trainer.policy
-        return pack(
-            samples,
-            row_tokens=policy.row_tokens,
-            rows_per_micro_batch=policy.rows_per_micro_batch,
-            slot_multiple=policy.logprob_chunk,
-            shards=self._stepper.program.shards,
-            buckets=policy.buckets,
-        )
+        return pack_for(self.config.trainer.policy, samples, self._stepper.program.shards)
 
-    def _minibatches(self, trajectories: Sequence[Trajectory], advantages: Advantages) -> list[PackedBatch]:
-        algorithm, size = self.config.trainer.algorithm, self.config.trainer.policy_mini_batch_size
+    def _minibatches(
+        self, trajectories: Sequence[Trajectory], advantages: Advantages
+    ) -> list[tuple[list[int], PackedBatch]]:
+        """Which trajectories a minibatch trains on, and they packed."""
+        algorithm = self.config.trainer.algorithm
         if len(trajectories) != len(advantages):
             raise ValueError(f"{len(advantages)} advantages for {len(trajectories)} trajectories: expected one each")
-        questions: dict[str, list[int]] = {}
-        for i, trajectory in enumerate(trajectories):
-            questions.setdefault(trajectory.task_id, []).append(i)
-        groups = list(questions.values())
         out = []
-        for start in range(0, len(groups), size):
-            part = groups[start : start + size]
+        for part in by_question(trajectories, self.config.trainer.policy_mini_batch_size):
             if algorithm.zero_variance_filter:
                 part = [group for group in part if any(np.any(advantages[i] != 0) for i in group)]
             chosen = [i for group in part for i in group if not self._left_out(trajectories[i])]
@@ -253,7 +262,7 @@ class Learner:
                 algorithm.loss_reduction,
                 algorithm.max_seq_len,
             )
-            out.append(self._pack(samples))
+            out.append((chosen, self._pack(samples)))
         return out
 
     def _left_out(self, trajectory: Trajectory) -> bool:
@@ -264,7 +273,7 @@ class Learner:
         algorithm = self.config.trainer.algorithm
         if algorithm.policy_loss_type not in ("clip_cov", "kl_cov"):
             return
-        new = packed.in_order([np.asarray(out.logprobs) for out in self._stepper.logprobs(packed)])
+        new = packed.in_order([np.asarray(out.logprobs) for out in self._stepper.scored(packed)])
         advantages = packed.in_order([arrays["advantages"] for arrays in packed.micro_batches])
         if algorithm.policy_loss_type == "kl_cov":
             selected = select_kl_cov(new, advantages, algorithm)
@@ -277,18 +286,10 @@ class Learner:
             selected = select_clip_cov(new, old, advantages, algorithm, rng)
         packed.put("selected", packed.in_slots(selected))
 
-    def _metrics(
-        self,
-        batches: list[PackedBatch],
-        steps: list[tuple[Sums, dict[str, Array]]],
-        trajectories: Sequence[Trajectory],
-    ) -> dict[str, float]:
+    def _metrics(self, batches: list[PackedBatch], steps: list[tuple[Sums, dict[str, Array]]]) -> dict[str, float]:
         counted = {
             "policy/tokens": float(sum(b.tokens for b in batches)),
             "policy/trained_tokens": float(sum(b.trained_tokens for b in batches)),
-            "policy/trained_episodes": float(sum(b.samples for b in batches)),
-            "policy/episodes": float(len(trajectories)),
-            "policy/overlong_filtered": float(sum(self._left_out(t) for t in trajectories)),
             "policy/padding_fraction": 1.0 - _ratio(sum(b.tokens for b in batches), sum(b.capacity for b in batches)),
             "policy/optimizer_steps": float(len(steps)),
             "policy/skipped_steps": float(sum(int(m["skipped"]) for _, m in steps)),
@@ -319,8 +320,14 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 1.0
 
 
-def build_learner(config: Config, optimizer_steps: int = 0) -> Learner:
-    """A learner on all devices, with the weights of trainer.policy.model.path."""
+def build_learner(config: Config, steps: int = 0) -> Learner:
+    """A learner on all devices, with the weights of trainer.policy.model.path. `steps` is the run's number of batches, for
+    schedules."""
+    trainer, algorithm = config.trainer, config.trainer.algorithm
+    optimizer_steps, critic_steps = (
+        steps * trainer.update_epochs_per_batch * (trainer.train_batch_size // size)
+        for size in (trainer.policy_mini_batch_size, trainer.critic_questions)
+    )
     if not keep_freed_memory():
         keep_freed_frames()
     compile_cache.enable(config.trainer.compile_cache)
@@ -331,9 +338,24 @@ def build_learner(config: Config, optimizer_steps: int = 0) -> Learner:
     params = load_hf(policy.model.path, model_config, mesh, dtype)
     other = config.trainer.ref.model.path
     reference = None
-    if config.trainer.algorithm.needs_reference and other:
+    if algorithm.needs_reference and other:
         reference = load_hf(other, _same_kind(model_config, other), mesh, policy.compute_dtype)
-    return Learner(config, mesh, model_config, params, optimizer_steps, reference)
+    critic = _build_critic(config, mesh, model_config, params, critic_steps) if algorithm.needs_critic else None
+    return Learner(config, mesh, model_config, params, optimizer_steps, reference, critic)
+
+
+def _build_critic(config: Config, mesh: Mesh, model_config: ModelConfig, params: Params, steps: int) -> Critic:
+    """A critic with the layers of trainer.critic.model.path, or of the policy as it is before training."""
+    path = config.trainer.critic.model.path
+    if path:
+        known, model_config = model_config.vocab_size, ModelConfig.from_dir(path)
+        if model_config.vocab_size < known:
+            raise ConfigError(
+                f"trainer.critic.model.path {path} knows {model_config.vocab_size} tokens, but the policy uses {known}: the "
+                f"critic must be a model of the same tokenizer"
+            )
+        params = load_hf(path, model_config, mesh, config.trainer.policy.param_dtype)
+    return Critic(config, mesh, model_config, params, steps)
 
 
 def _same_kind(config: ModelConfig, path: str) -> ModelConfig:

@@ -31,6 +31,11 @@ def plan_rows(
         state += parameters * width[kept] / shards
         what = f"{describe(policy.model.lora)}: {trained / 1e6:,.2f}M numbers, {policy.param_dtype}"
         adapters = [("training", f"{what}; the model itself stays as it is")]
+    if trainer.algorithm.needs_critic:  # which computes no gradients while the policy does
+        state += parameters * (width[policy.param_dtype] + 2 * 4) / shards
+        optimizer = trainer.critic.optimizer_config
+        path = trainer.critic.model.path or policy.model.path
+        adapters.append(("critic", f"layers of {path}, {optimizer.name} at {optimizer.lr:g}"))
     services = ", ".join(generator.services) or "one for each process, started here"
     sampling = generator.sampling_params
     return [

@@ -32,7 +32,7 @@ from sqlrl_jax.allocator import keep_freed_memory
 from sqlrl_jax.config import Config
 from sqlrl_jax.data.demo.generate import Parameters, corpus, generate
 from sqlrl_jax.data.demo.tokenizer import train_tokenizer
-from sqlrl_jax.data.packing import PackedBatch, Sample, assign_rows, pack
+from sqlrl_jax.data.packing import PackedBatch, Sample, assign_rows, pack_for
 from sqlrl_jax.data.tasks import read_tasks
 from sqlrl_jax.display import Display, duration
 from sqlrl_jax.mesh import make_mesh
@@ -41,7 +41,7 @@ from sqlrl_jax.model.decoder import init_params
 from sqlrl_jax.model.hf import save_hf
 from sqlrl_jax.model.params import param_shardings, parameter_count
 from sqlrl_jax.rl.logprobs import TokenLogprobs
-from sqlrl_jax.rl.losses import Sums, add_sums, cross_entropy
+from sqlrl_jax.rl.losses import Sums, add_sums, next_token_loss
 from sqlrl_jax.step import Program, Stepper
 
 _PLAY_AT_ONCE = 512
@@ -51,7 +51,7 @@ _TOKENIZER_TEXTS = 12_000
 
 def objective(out: TokenLogprobs, batch: dict[str, Any]) -> tuple[Float[Array, ""], Sums]:
     """Weighted next-token loss of a micro-batch."""
-    return cross_entropy(out.logprobs, batch["weights"], out.greedy, batch["mask"])
+    return next_token_loss(out.logprobs, batch["weights"], out.greedy, batch["mask"])
 
 
 def main(config: Config) -> int:
@@ -180,7 +180,7 @@ class ColdStart:
     def measure(self, samples: Sequence[Sample]) -> dict[str, float]:
         """nll and accuracy on the own tokens of samples, without training."""
         packed = self._pack(samples, None)
-        scored = zip(self.stepper.logprobs(packed), packed.micro_batches, strict=True)
+        scored = zip(self.stepper.scored(packed), packed.micro_batches, strict=True)
         return _means([jax.device_get(objective(out, batch)[1]) for out, batch in scored])
 
     def _rows(self, epoch: int) -> list[list[int]]:
@@ -201,15 +201,7 @@ class ColdStart:
             samples = [samples[i] for row in rows for i in row]
             places = iter(range(len(samples)))
             rows = [[next(places) for _ in row] for row in rows]
-        policy = self.config.trainer.policy
-        return pack(
-            samples,
-            row_tokens=policy.row_tokens,
-            rows_per_micro_batch=policy.rows_per_micro_batch,
-            slot_multiple=policy.logprob_chunk,
-            shards=self.stepper.program.shards,
-            rows=rows,
-        )
+        return pack_for(self.config.trainer.policy, samples, self.stepper.program.shards, rows)
 
 
 def fresh_model(config: Config, chat: Chat) -> ModelConfig:

@@ -7,9 +7,9 @@ says plainly what must fit.
 
 `Program` is the step without arrays: shapes, shardings and jitted functions, made from a configuration alone, so that it can
 be compiled for devices that are not there. `Stepper` is a program with its state. They know nothing of rewards or
-episodes: an objective turns the log-probabilities of the trained tokens into a summed loss, so reinforcement learning and
-the supervised cold start run the same code. Nothing here waits for the device; the metrics it returns are still being
-computed. Left out: loss scaling, because masters and statistics are float32.
+episodes: an objective turns what the model says of the trained tokens into a summed loss, so reinforcement learning, its
+critic (which says values, see critic.py) and the supervised cold start run the same code. Nothing here waits for the
+device; the metrics it returns are still being computed. Left out: loss scaling, because masters and statistics are float32.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.decoder import Compute, forward, unembedding
 from sqlrl_jax.model.layout import layout_for
 from sqlrl_jax.model.lora import frozen_specs, join, trained_specs
-from sqlrl_jax.model.params import Params, abstract_specs, param_specs, spec_shardings
+from sqlrl_jax.model.params import Params, ParamSpec, abstract_specs, param_specs, spec_shardings
 from sqlrl_jax.optimizer import make_optimizer, schedule
 from sqlrl_jax.rl.logprobs import TokenLogprobs, token_logprobs
 from sqlrl_jax.rl.losses import Sums, add_sums
 
-# (log-probabilities of the trained tokens, the micro-batch) → (summed loss, sums of metrics)
-Objective = Callable[[TokenLogprobs, dict[str, Array]], tuple[Float[Array, ""], Sums]]
+# (the model's outputs at the trained tokens, the micro-batch) → (summed loss, sums of metrics)
+Objective = Callable[[Any, dict[str, Array]], tuple[Float[Array, ""], Sums]]
 
 # Micro-batches that one run of the program takes on a CPU, at most.
 _RUN_LENGTH = 16
@@ -85,8 +85,8 @@ class Program:
         self._objective, self._temperature = objective, temperature
         self.run_length = _RUN_LENGTH if platform_of(mesh) == "cpu" else 1
         self._compute = Compute(policy.compute_dtype, policy.remat, mesh)
+        self.trained, self.frozen = self._declared()
         lora = policy.model.lora
-        self.trained, self.frozen = trained_specs(model_config, lora), frozen_specs(model_config, lora)
         self._layout = layout_for(
             param_specs(model_config), mesh, scan_layers=policy.scan_layers, apart=targets(lora) if lora.rank else ()
         )
@@ -98,7 +98,8 @@ class Program:
             **dict.fromkeys(("tokens", "positions", "segment_ids"), batch_sharding(mesh)),
             **dict.fromkeys(("index", "targets", "mask", "episodes", "selected"), slots),
             **dict.fromkeys(("rollout_logprobs", "old_logprobs", "reference_logprobs", "advantages", "weights"), slots),
-            "count": replicated(mesh),
+            **dict.fromkeys(("old_values", "returns"), slots),
+            **dict.fromkeys(("count", "kl_coef"), replicated(mesh)),
         }
         self._build()
 
@@ -113,6 +114,11 @@ class Program:
         self.score = jax.jit(self._scored, out_shardings=everywhere)
         self.score_plainly = jax.jit(partial(self._scored, temperature=1.0), out_shardings=everywhere)
         self.score_whole = jax.jit(self._scored_whole, out_shardings=everywhere)
+
+    def _declared(self) -> tuple[dict[str, ParamSpec], dict[str, ParamSpec]]:
+        """The parameters that a step changes and those that none changes."""
+        lora = self.policy.model.lora
+        return trained_specs(self.model_config, lora), frozen_specs(self.model_config, lora)
 
     def _state_shardings(self) -> State:
         """Optimizer moments lie as their parameters do, perhaps in the host's memory; counters are everywhere."""
@@ -159,23 +165,23 @@ class Program:
         zero = jnp.zeros((), jnp.int32)
         return State(params, self._optimizer.init(params), zero, zero)
 
-    def _scored(
-        self, params: Params, frozen: Params, batch: dict[str, Array], temperature: float | None = None
-    ) -> TokenLogprobs:
-        return self._logprobs(self._joined(self._layout.lay(frozen), self._layout.lay(params)), batch, temperature)
+    def _scored(self, params: Params, frozen: Params, batch: dict[str, Array], temperature: float | None = None) -> Any:
+        return self._outputs(self._joined(self._layout.lay(frozen), self._layout.lay(params)), batch, temperature)
 
-    def _scored_whole(self, params: Params, batch: dict[str, Array]) -> TokenLogprobs:
-        return self._logprobs(self._layout.lay(params), batch)
+    def _scored_whole(self, params: Params, batch: dict[str, Array]) -> Any:
+        return self._outputs(self._layout.lay(params), batch)
 
     def _joined(self, frozen: Params, params: Params) -> Params:
         return join(frozen, params, self.policy.model.lora)
 
-    def _logprobs(self, params: Params, batch: dict[str, Array], temperature: float | None = None) -> TokenLogprobs:
-        hidden = forward(
-            self.model_config, params, batch["tokens"], batch["positions"], batch["segment_ids"], self._compute
-        )
+    def _hidden(self, params: Params, batch: dict[str, Array]) -> Float[Array, "rows tokens dim"]:
+        places = batch["tokens"], batch["positions"], batch["segment_ids"]
+        return forward(self.model_config, params, *places, self._compute)
+
+    def _outputs(self, params: Params, batch: dict[str, Array], temperature: float | None = None) -> TokenLogprobs:
+        """What the model says of the trained tokens; at the sampling temperature if no other is given."""
         return token_logprobs(
-            hidden,
+            self._hidden(params, batch),
             unembedding(params),
             batch["index"],
             batch["targets"],
@@ -189,7 +195,7 @@ class Program:
         """Of one micro-batch; parameters and gradients are laid out."""
 
         def loss(params: Params) -> tuple[Array, Sums]:
-            total, sums = self._objective(self._logprobs(self._joined(frozen, params), batch), batch)
+            total, sums = self._objective(self._outputs(self._joined(frozen, params), batch), batch)
             return total, {"loss": total, **sums}
 
         gradients, sums = jax.grad(loss, has_aux=True)(params)
@@ -256,9 +262,9 @@ class Stepper:
         self.state, metrics = self.program.apply(self.state, gradients, np.float32(packed.total_weight))
         return sums, metrics
 
-    def logprobs(self, packed: PackedBatch, model: Params | None = None) -> Iterator[TokenLogprobs]:
-        """Of each micro-batch: log-probability, entropy and greediness of the trained tokens [shards, slots], under the
-        present weights or those of `model`."""
+    def scored(self, packed: PackedBatch, model: Params | None = None) -> Iterator[Any]:
+        """Of each micro-batch what the present weights, or those of `model`, say of the trained tokens [shards, slots]:
+        TokenLogprobs, or a critic's values."""
         for arrays in packed.micro_batches:
             batch = self._to_device(arrays)
             if model is None:

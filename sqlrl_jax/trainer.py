@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from rollout.chat import load_tokenizer
 from rollout.errors import UserError
@@ -26,6 +25,7 @@ from sqlrl_jax.allocator import share_devices
 from sqlrl_jax.batches import Batch, Batches, SynchronousBatches, Watch
 from sqlrl_jax.checkpoint import Checkpoints
 from sqlrl_jax.config import Config
+from sqlrl_jax.credit import learn
 from sqlrl_jax.data.curriculum import go_on, question_order
 from sqlrl_jax.data.gold import without_bad_golds
 from sqlrl_jax.data.order import Supply, steps_per_epoch
@@ -42,8 +42,7 @@ from sqlrl_jax.model.peft import save_peft
 from sqlrl_jax.plan import correction, plan_rows
 from sqlrl_jax.probing import Prober
 from sqlrl_jax.report import write_report
-from sqlrl_jax.rl.advantages import Rewards, advantage_metrics, load_estimator
-from sqlrl_jax.rl.rewards import final_rewards
+from sqlrl_jax.rl.advantages import load_estimator
 from sqlrl_jax.run import Decode, Run, open_run
 from sqlrl_jax.shared_fleet import open_fleet
 from sqlrl_jax.signals import kept, new_signals
@@ -94,9 +93,8 @@ class Trainer:
         self.data = self._questions()
         self.total = self._total_steps()
         trainer = config.trainer
-        minibatches = trainer.train_batch_size // trainer.policy_mini_batch_size * trainer.update_epochs_per_batch
         world.connect(make_mesh(trainer.mesh))
-        self.learner: Learner = build_learner(config, self.total * minibatches)
+        self.learner: Learner = build_learner(config, self.total)
         self.decode: Decode = load_tokenizer(trainer.policy.model.path).decode
         self.checkpoints = Checkpoints(
             run.checkpoints, trainer.max_ckpts_to_keep, trainer.keep_best_ckpt, self._exchange
@@ -187,12 +185,7 @@ class Trainer:
             raise UserError(
                 f"step {self.step + 1}: every prompt is longer than trainer.max_prompt_length = {trainer.max_prompt_length}"
             )
-        rewards = final_rewards(usable, self.config)
-        if trainer.algorithm.use_kl_in_reward:
-            rewards -= self.learner.kl_penalties(usable)
-        tokens = np.array([sum(e.loss_mask) for e in usable])
-        advantages = self.estimator(Rewards(rewards, [e.task_id for e in usable], tokens), trainer.algorithm)
-        metrics = self.learner.update(usable, advantages) | advantage_metrics(rewards, advantages)
+        metrics = learn(self.learner, self.estimator, usable)
         metrics["generate/prompts_too_long"] = float(len(batch.episodes) - len(usable))
         return metrics | rollout_metrics(usable)
 

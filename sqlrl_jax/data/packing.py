@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from rollout.types import Trajectory
-from sqlrl_jax.config import ConfigError
+from sqlrl_jax.config import ConfigError, PolicyConfig
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,15 @@ class PackedBatch:
         """Used slots, flat over all micro-batches, in the order of their samples."""
         owner = self._flat_owners()
         return np.argsort(owner, kind="stable")[np.count_nonzero(owner < 0) :]
+
+
+def by_question(trajectories: Sequence[Trajectory], size: int) -> list[list[list[int]]]:
+    """Minibatches of `size` questions in order of appearance: [minibatch][question][index of an episode]."""
+    questions: dict[str, list[int]] = {}
+    for i, trajectory in enumerate(trajectories):
+        questions.setdefault(trajectory.task_id, []).append(i)
+    groups = list(questions.values())
+    return [groups[start : start + size] for start in range(0, len(groups), size)]
 
 
 def samples_of(
@@ -279,6 +288,19 @@ def pack(
         tokens=sum(len(s.tokens) for s in samples),
         trained_tokens=sum(int(m["mask"].sum()) for m in micro_batches),
         capacity=len(micro_batches) * rows_per_micro_batch * row_tokens,
+    )
+
+
+def pack_for(policy: PolicyConfig, samples: Sequence[Sample], shards: int, rows: Rows | None = None) -> PackedBatch:
+    """`pack` into the rows of the configuration."""
+    return pack(
+        samples,
+        row_tokens=policy.row_tokens,
+        rows_per_micro_batch=policy.rows_per_micro_batch,
+        slot_multiple=policy.logprob_chunk,
+        shards=shards,
+        buckets=policy.buckets if rows is None else (),
+        rows=rows,
     )
 
 

@@ -1,8 +1,8 @@
 """How good each episode was, relative to others: advantages from rewards.
 
-Plain NumPy in float64 on the host: a batch has one number an episode, so nothing here is worth a device. The estimators
-are pure functions; ESTIMATORS names them for trainer.algorithm.advantage_estimator. What needs a critic (gae) is left
-out: these see one batch of rewards and nothing else.
+Plain NumPy in float64 on the host: a batch has a few numbers an episode, so nothing here is worth a device. The estimators
+are pure functions; ESTIMATORS names them for trainer.algorithm.advantage_estimator. Tokens are an episode's sampled ones:
+observations are not steps, so a return or a value passes over them. The critic itself is critic.py's.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.signal import lfilter
 
 from rollout.errors import UserError
 from sqlrl_jax.config_algorithm import AlgorithmConfig
@@ -24,11 +25,24 @@ KEY = "trainer.algorithm.advantage_estimator"
 
 @dataclass(frozen=True)
 class Rewards:
-    """A batch of episodes as an estimator sees it: what each earned, its question, and how many tokens it sampled."""
+    """A batch of episodes as an estimator sees it: what each earned, its question, and how many tokens it sampled.
+
+    `token_rewards` are the same rewards where they were earned, an array of `lengths[i]` an episode; not given, all of it
+    came with the last token. `values` are the critic's, of each token before it was sampled.
+    """
 
     rewards: Float[np.ndarray, " episodes"]
     groups: Sequence[Hashable]
     lengths: Int[np.ndarray, " episodes"]
+    token_rewards: Sequence[np.ndarray] = ()
+    values: Sequence[np.ndarray] = ()
+
+    def at_tokens(self) -> list[Float[np.ndarray, " tokens"]]:
+        """The rewards at each episode's tokens. Raises ValueError for what is not finite or does not fit."""
+        if not len(self.token_rewards):
+            values = _checked(self.rewards, len(self.lengths))
+            return [np.append(np.zeros(max(n - 1, 0)), r)[:n] for r, n in zip(values, self.lengths, strict=True)]
+        return _per_token("rewards", self.token_rewards, self.lengths)
 
 
 # One number an episode, or for each episode one number a sampled token.
@@ -83,22 +97,58 @@ def maxrl(rewards: Float[np.ndarray, " episodes"], groups: Sequence[Hashable]) -
     return _by_group(values, groups, of_group)
 
 
-def reinforce_plus_plus(
-    rewards: Float[np.ndarray, " episodes"], lengths: Int[np.ndarray, " episodes"], gamma: float = 1.0
-) -> list[Float[np.ndarray, " tokens"]]:
+def reinforce_plus_plus(batch: Rewards, gamma: float = 1.0) -> list[Float[np.ndarray, " tokens"]]:
     """REINFORCE++ (arXiv:2501.03262): discounted returns of the sampled tokens, whitened over all tokens of the batch.
 
-    The reward comes with the last sampled token; the return k tokens before it is gamma^k R. Observations are not steps.
-    Whitened: (return - mean) / sqrt(variance + 1e-8), variance unbiased. Returns that are all equal give zeros. One array
-    of `lengths[i]` an episode. Non-finite rewards raise ValueError.
+    A reward k tokens later counts gamma^k. One array an episode. Non-finite rewards raise ValueError.
     """
-    values = _checked(rewards, len(lengths))
-    returns = [reward * gamma ** np.arange(n)[::-1] for reward, n in zip(values, lengths, strict=True)]
-    tokens = np.concatenate(returns) if returns else np.zeros(0)
+    return whiten([_discounted(rewards, gamma) for rewards in batch.at_tokens()])
+
+
+def gae_returns(batch: Rewards, gamma: float, lambd: float) -> list[Float[np.ndarray, " tokens"]]:
+    """What the critic is trained on: each token's value plus its advantage before whitening (arXiv:1506.02438).
+
+    A_t = Σ_k (gamma lambd)^k (r_{t+k} + gamma V_{t+k+1} - V_{t+k}), over the tokens of an episode; V after the last is 0,
+    also where the episode was cut off. Raises ValueError for what is not finite.
+    """
+    values = _per_token("values", batch.values, batch.lengths)
+    out = []
+    for rewards, value in zip(batch.at_tokens(), values, strict=True):
+        delta = rewards + gamma * np.append(value[1:], 0.0)[: len(value)] - value
+        out.append(value + _discounted(delta, gamma * lambd))
+    return out
+
+
+def gae(batch: Rewards, gamma: float = 1.0, lambd: float = 1.0) -> list[Float[np.ndarray, " tokens"]]:
+    """Generalised advantage estimation (arXiv:1506.02438), whitened over all tokens of the batch. See `gae_returns`."""
+    returns = gae_returns(batch, gamma, lambd)
+    return whiten([r - np.asarray(v, np.float64) for r, v in zip(returns, batch.values, strict=True)])
+
+
+def whiten(parts: Sequence[Float[np.ndarray, " tokens"]]) -> list[Float[np.ndarray, " tokens"]]:
+    """(x - mean) / sqrt(variance + 1e-8) over all numbers of all parts, variance unbiased; all equal, or one alone, gives
+    zeros."""
+    tokens = np.concatenate(parts) if parts else np.zeros(0)
     if len(tokens) < 2 or (tokens == tokens[0]).all():
-        return [np.zeros(n, np.float32) for n in lengths]
+        return [np.zeros(len(part), np.float32) for part in parts]
     mean, scale = tokens.mean(), 1.0 / np.sqrt(tokens.var(ddof=1) + 1e-8)
-    return [((r - mean) * scale).astype(np.float32) for r in returns]
+    return [((part - mean) * scale).astype(np.float32) for part in parts]
+
+
+def _discounted(rewards: Float[np.ndarray, " tokens"], gamma: float) -> Float[np.ndarray, " tokens"]:
+    """Σ_k gamma^k r_{t+k} for every t."""
+    return lfilter([1.0], [1.0, -gamma], rewards[::-1])[::-1] if len(rewards) else rewards
+
+
+def _per_token(what: str, parts: Sequence[np.ndarray], lengths: Int[np.ndarray, " episodes"]) -> list[np.ndarray]:
+    out = [np.asarray(part, np.float64) for part in parts]
+    shapes = [part.shape for part in out]
+    if shapes != [(n,) for n in lengths]:
+        raise ValueError(f"{what} of shapes {shapes[:3]} … for episodes of {list(lengths)[:3]} … sampled tokens")
+    for i, part in enumerate(out):
+        if not np.isfinite(part).all():
+            raise ValueError(f"{what} of episode {i} are not finite")
+    return out
 
 
 def _checked(rewards: np.ndarray, episodes: int) -> np.ndarray:
@@ -128,8 +178,9 @@ def _by_group(
 ESTIMATORS: dict[str, Estimator] = {
     "grpo": lambda batch, settings: grpo(batch.rewards, batch.groups, settings.grpo_norm_by_std),
     "rloo": lambda batch, settings: rloo(batch.rewards, batch.groups),
-    "reinforce++": lambda batch, settings: reinforce_plus_plus(batch.rewards, batch.lengths, settings.gamma),
+    "reinforce++": lambda batch, settings: reinforce_plus_plus(batch, settings.gamma),
     "maxrl": lambda batch, settings: maxrl(batch.rewards, batch.groups),
+    "gae": lambda batch, settings: gae(batch, settings.gamma, settings.lambd),
 }
 
 

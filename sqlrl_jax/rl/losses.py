@@ -124,6 +124,12 @@ def kl_cov(tokens: Tokens, settings: AlgorithmConfig) -> TokenLoss:
     return TokenLoss(-tokens.advantages * ratio + only(tokens.selected, penalty), jnp.zeros_like(tokens.mask))
 
 
+def cross_entropy(tokens: Tokens, settings: AlgorithmConfig) -> TokenLoss:
+    """Imitation of what was better than its baseline (rejection sampling, arXiv:2304.06767): -log p where A > 0, whatever A
+    is there; 0 elsewhere. There is no ratio, so nothing holds a step near the policy but its size."""
+    return TokenLoss(only(tokens.advantages > 0, -tokens.logprobs), jnp.zeros_like(tokens.mask))
+
+
 POLICY_LOSSES: dict[str, PolicyLoss] = {
     "ppo": ppo,
     "dual_clip": dual_clip,
@@ -134,6 +140,7 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {
     "clip_cov": clip_cov,
     "kl_cov": kl_cov,
     "importance_sampling": importance_sampling,
+    "cross_entropy": cross_entropy,
 }
 
 
@@ -159,7 +166,7 @@ def load_policy_loss(name: str) -> PolicyLoss:
     return checked
 
 
-def cross_entropy(
+def next_token_loss(
     logprobs: Float[Array, "*n"], weights: Float[Array, "*n"], greedy: Bool[Array, "*n"], mask: Bool[Array, "*n"]
 ) -> tuple[Float[Array, ""], Sums]:
     """Summed negative log-likelihood of given tokens, for the cold start.

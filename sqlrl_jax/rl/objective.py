@@ -18,10 +18,14 @@ from sqlrl_jax.rl.tokens import Tokens, episode_sums, only
 
 
 def policy_objective(
-    tokens: Tokens, entropy: Float[Array, "shards slots"], policy_loss: PolicyLoss, settings: AlgorithmConfig
+    tokens: Tokens,
+    entropy: Float[Array, "shards slots"],
+    policy_loss: PolicyLoss,
+    settings: AlgorithmConfig,
+    kl_coef: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Sums]:
-    """Sum over the trained tokens of weight x (correction x policy loss - entropy_loss_coef x entropy + kl_loss_coef x KL
-    from the reference), and sums.
+    """Sum over the trained tokens of weight x (correction x policy loss - entropy_loss_coef x entropy + kl_coef x KL from
+    the reference), and sums. Without `kl_coef` it is the configuration's kl_loss_coef.
 
     Sums over tokens: clip_frac (tokens that a bound held), approx_kl (k3 of the old policy from the present), ratio_mean,
     entropy, logprob_diff and its largest (|present - rollout|), tokens, and those of the corrections; over episodes,
@@ -36,7 +40,7 @@ def policy_objective(
         loss -= settings.entropy_loss_coef * only(tokens.mask, entropy)
     if settings.use_kl_loss:
         kl = approximate_kl(tokens.logprobs, tokens.reference_logprobs, settings.kl_estimator_type, jnp)
-        loss += settings.kl_loss_coef * kl
+        loss += (settings.kl_loss_coef if kl_coef is None else kl_coef) * kl
         sums["policy_kl"] = jnp.sum(kl)  # 0 in masked places
     total = jnp.sum(only(tokens.mask, loss * tokens.weights))
     return total, jax.lax.stop_gradient(sums | _sums(tokens, clipped, entropy))

@@ -45,3 +45,32 @@ def final_rewards(episodes: Sequence[Trajectory], config: Config) -> Float[np.nd
         penalty = overlong_penalty(tokens, generator.max_input_length, buffer.len, buffer.penalty_factor)
         out.append(earned + penalty)
     return np.array(out, np.float64)
+
+
+def token_rewards(
+    episodes: Sequence[Trajectory], finals: Float[np.ndarray, " episodes"], config: Config
+) -> list[Float[np.ndarray, " tokens"]]:
+    """The same rewards at the sampled tokens: each turn's own with the turn's last token, and what `finals` has besides (a
+    penalty) with the episode's last. A truncated episode that earns 0 by zero_reward_on_non_stop loses its turns' too."""
+    out = []
+    for episode, final in zip(episodes, finals, strict=True):
+        rewards = np.zeros(sum(episode.loss_mask), np.float64)
+        if len(rewards):
+            if not (config.generator.zero_reward_on_non_stop and truncated(episode)):
+                for end, turn in zip(turn_ends(episode), episode.turns, strict=True):
+                    rewards[max(end - 1, 0)] += turn.reward
+            rewards[-1] += final - rewards.sum()
+        out.append(rewards)
+    return out
+
+
+def turn_ends(episode: Trajectory) -> list[int]:
+    """How many tokens were sampled up to the end of each turn. Raises ValueError where the turns' tokens are not those of
+    the mask."""
+    ends = np.cumsum([turn.tokens for turn in episode.turns], dtype=int).tolist()
+    sampled = sum(episode.loss_mask)
+    if ends and ends[-1] != sampled:
+        raise ValueError(
+            f"task {episode.task_id} sample {episode.sample}: its turns have {ends[-1]} tokens, its loss_mask {sampled}"
+        )
+    return ends

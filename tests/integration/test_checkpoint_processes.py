@@ -87,7 +87,8 @@ def test_two_processes_agree_on_the_checkpoint_before_the_damaged(run: tuple[Pat
     (folder / "checkpoints/3/record/metadata").unlink()
     for got in start("two", 2, folder):
         assert got["step"] == 1
-        np.testing.assert_allclose(got["loss 2"], losses["loss 2"], rtol=2e-7, atol=2e-7)
+        for name in ("loss 2", "value loss 2"):
+            np.testing.assert_allclose(got[name], losses[name], rtol=2e-7, atol=2e-7)
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {"1", "damaged-2", "damaged-3", "model"}
 
 
@@ -118,6 +119,7 @@ def main(part: str, processes: int, index: int, port: int, folder: Path) -> dict
     from test_learner import settings
 
     from sqlrl_jax.checkpoint import Checkpoints
+    from sqlrl_jax.critic import Critic
     from sqlrl_jax.learner import Learner
     from sqlrl_jax.mesh import make_mesh
 
@@ -130,7 +132,8 @@ def main(part: str, processes: int, index: int, port: int, folder: Path) -> dict
     mesh = make_mesh(configuration.MeshConfig(**sizes))
     model = ModelConfig.from_dir(folder / "model")
     read = count_reads()
-    learner = Learner(config, mesh, model, load_hf(folder / "model", model, mesh, piece_bytes=10_000))
+    params = load_hf(folder / "model", model, mesh, piece_bytes=10_000)
+    learner = Learner(config, mesh, model, params, critic=Critic(config, mesh, model, params))
     assert sum(read) <= 4 * parameter_count(model) * DEVICES[part] / mesh.size * 1.1  # small ones lie everywhere
     checkpoints = Checkpoints(folder / "checkpoints", 3)
     out: dict[str, float] = {}
@@ -143,7 +146,7 @@ def main(part: str, processes: int, index: int, port: int, folder: Path) -> dict
         assert len(told) == 3 - first
         out["step"], last = first, first + (2 if part == "one" else 1)
     for step in range(first, last):
-        out[f"loss {step + 1}"] = train(learner, step)
+        out |= {f"{name} {step + 1}": loss for name, loss in train(learner, step).items()}
         if part == "write" and step < 3:
             checkpoints.save(step + 1, learner, score=step / 10)
             checkpoints.wait()
@@ -167,11 +170,15 @@ def count_reads() -> list[int]:
     return sizes
 
 
-def train(learner, step: int) -> float:  # type: ignore[no-untyped-def]
+def train(learner, step: int) -> dict[str, float]:  # type: ignore[no-untyped-def]
+    """One step of policy and critic."""
     from test_learner import advantages, episodes
 
     batch = episodes(seed=step)
-    return learner.update(batch, advantages(batch))["policy/loss"]
+    values = learner.critic.values(batch)
+    returns = [np.linspace(i % 3, i, len(part)) for i, part in enumerate(values)]
+    value_loss = learner.critic.update(batch, values, returns)["critic/value_loss"]
+    return {"loss": learner.update(batch, advantages(batch))["policy/loss"], "value loss": value_loss}
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from own_process import printed_by
 
 from sqlrl_jax import config as configuration
+from sqlrl_jax.critic import Critic
 from sqlrl_jax.learner import Learner
 from sqlrl_jax.mesh import make_mesh
 
@@ -23,10 +25,12 @@ BY_EPISODE = (  # what sums over whole episodes
     "trainer.algorithm.off_policy_correction.tis_ratio_type=sequence",
 )
 # Mesh, algorithm (the single device's too), layout (the mesh's alone).
+WITH_CRITIC = ("trainer.algorithm.advantage_estimator=gae",)
 RUNS = [
     ("data=2,fsdp=2,tensor=2", PLAIN, ("trainer.policy.remat=attention", "trainer.policy.offload_optimizer=true")),
     ("fsdp=4,sequence=2", PLAIN, ("trainer.policy.scan_layers=false",)),
     ("data=2,fsdp=2", BY_EPISODE, ()),
+    ("fsdp=2,sequence=2,tensor=2", WITH_CRITIC, ()),
 ]
 LEARNING_RATE = 0.001
 
@@ -54,7 +58,8 @@ def compare_meshes() -> None:
 
 
 class Step(NamedTuple):
-    """What one step left: a tenth of its gradient, the parameters, the loss, in which memories the matrices' moments are."""
+    """What one step left: a tenth of its gradient, the parameters, the loss, in which memories the matrices' moments are.
+    With a critic, its own."""
 
     moments: list[np.ndarray]
     params: list[np.ndarray]
@@ -71,6 +76,8 @@ def one_step(text: str, algorithm: tuple[str, ...], layout: tuple[str, ...]) -> 
     config = settings("trainer.policy.rows_per_micro_batch=8", *algorithm, *layout)
     sizes = {k: int(v) for k, v in (part.split("=") for part in text.split(","))}
     mesh = make_mesh(configuration.MeshConfig(**sizes), jax.devices()[: int(np.prod(list(sizes.values())))])
+    if algorithm == WITH_CRITIC:
+        return critic_step(config, mesh)
     subject = Learner(config, mesh, MODEL, fresh(0))
     batch = episodes()
     if algorithm:  # near the policy, so that bounds and masks hold some episodes and not others
@@ -81,3 +88,17 @@ def one_step(text: str, algorithm: tuple[str, ...], layout: tuple[str, ...]) -> 
     moments = subject.state.opt_state[0].mu
     kinds = {moments["layers"][name].sharding.memory_kind for name in ("q", "gate", "down")}
     return Step(leaves(moments), leaves(subject.state.params), metrics["policy/loss"], kinds)
+
+
+def critic_step(config: configuration.Config, mesh: Mesh) -> Step:
+    """The second step of a critic; after its first it says something."""
+    from test_learner import MODEL, episodes, fresh, leaves
+
+    subject, batch = Critic(config, mesh, MODEL, fresh(0)), episodes()
+    lengths = [sum(episode.loss_mask) for episode in batch]
+    returns = [np.linspace(i % 3, i, n) for i, n in enumerate(lengths)]
+    for _ in range(2):
+        metrics = subject.update(batch, subject.values(batch), returns)
+    assert abs(metrics["critic/value_mean"]) > 1e-6
+    moments = subject.state.opt_state[0].mu
+    return Step(leaves(moments), leaves(subject.state.params), metrics["critic/value_loss"], {"device"})

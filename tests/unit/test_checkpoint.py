@@ -85,6 +85,8 @@ class Toy:
     tokenizer_dir: Path
     model_config: ModelConfig = MODEL
     lora: LoraConfig = field(default_factory=LoraConfig)
+    critic: None = None
+    kl_coef: float = 0.0
 
     def abstract_state(self) -> State:
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self.state)

@@ -33,7 +33,9 @@ def test_saved_configuration_loads_to_an_equal_one(tmp_path):
         ("trainer.policy.optimizer_config.lr=.nan", "trainer.policy.optimizer_config.lr = nan: allowed is float > 0"),
         ("trainer.algorithm.policy_loss_type=foo", "'foo': allowed is ppo | dual_clip"),
         ("trainer.algorithm.policy_loss_type=own:a.b", "package.module:function"),
-        ("trainer.algorithm.advantage_estimator=gae", "allowed is grpo | rloo | reinforce++ | maxrl | package.module"),
+        ("trainer.algorithm.advantage_estimator=foo", "allowed is grpo | rloo | reinforce++ | maxrl | gae | package"),
+        ("trainer.algorithm.kl_ctrl.type=adaptive", "kl_ctrl.type adaptive has no KL to steer: set use_kl_loss or"),
+        ("trainer.critic_mini_batch_size=7", "critic_mini_batch_size 7 must divide train_batch_size 256"),
         ("trainer.algorithm.loss_reduction=seq_mean_token_sum_norm", "trainer.algorithm: loss_reduction seq_mean"),
         (
             "trainer.algorithm={policy_loss_type: dppo, off_policy_correction: {tis_ratio_type: token}}",

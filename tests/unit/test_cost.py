@@ -126,6 +126,16 @@ def test_moments_in_host_memory_are_not_counted():
     assert seven(ONE, "trainer.policy.offload_optimizer=true").memory().optimizer == 0
 
 
+def test_a_critic_is_a_second_trained_model_without_a_head():
+    gae = "trainer.algorithm.advantage_estimator=gae"
+    assert seven(ONE).memory().critic == 0
+    head, vector = 3584 * 152_064, 3584
+    assert seven(ONE, gae).memory().critic == 4 * 3 * (7_615_616_512 - head + vector)
+    assert (
+        seven(ONE, gae, "trainer.policy.offload_optimizer=true").memory().critic * 3 == seven(ONE, gae).memory().critic
+    )
+
+
 def test_only_a_reference_of_its_own_takes_memory():
     kl = "trainer.algorithm.use_kl_loss=true"
     assert seven(ONE).memory().reference == 0

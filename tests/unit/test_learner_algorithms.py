@@ -17,7 +17,7 @@ from shared_programs import shared_programs
 from test_learner import advantages, episodes, leaves, on_policy
 
 from rollout.types import Trajectory
-from sqlrl_jax.config_algorithm import AlgorithmConfig
+from sqlrl_jax.config_algorithm import CORRECTED_BY_THEMSELVES, AlgorithmConfig
 from sqlrl_jax.data.packing import pack, samples_of
 from sqlrl_jax.learner import Learner, objective_of, old_policy
 from sqlrl_jax.rl.logprobs import TokenLogprobs
@@ -94,6 +94,23 @@ def test_a_correction_is_between_rollout_and_learner(sampled: Any, ppo_gradient:
     assert metrics["policy/ratio_mean"] == 1  # the learner's own ratio, before its first step
     assert metrics["policy/logprob_diff_max"] == pytest.approx(0.5, abs=1e-5)
     assert_close(gradient, [g * np.exp(0.5) for g in ppo_gradient])
+
+
+@pytest.mark.parametrize("loss", ["dual_clip", "gspo", "cispo", "importance_sampling"])
+def test_with_one_update_a_batch_the_learner_is_on_policy(loss: str, sampled: Any) -> None:
+    """Ratios are 1, corrections weigh 1, no bound holds a token."""
+    corrected = loss not in CORRECTED_BY_THEMSELVES
+    options = [f"{CORRECTION}tis_ratio_type=sequence"] if corrected else []
+    metrics = step(sampled, f"{ALGORITHM}policy_loss_type={loss}", *options)[1]
+    assert metrics["policy/optimizer_steps"] == 1
+    assert metrics["policy/ratio_mean"] == pytest.approx(1, abs=1e-5)
+    assert metrics["policy/approx_kl"] == pytest.approx(0, abs=1e-5)
+    assert metrics["policy/logprob_diff_max"] < 1e-5
+    assert metrics["policy/clip_frac"] == 0
+    if corrected:
+        assert metrics["policy/is_ratio_mean"] == pytest.approx(1, abs=1e-5)
+        assert metrics["policy/is_ratio_max"] == pytest.approx(1, abs=1e-5)
+        assert metrics["policy/tis_seq_clip_high_ratio"] == 0
 
 
 def test_where_the_old_policy_comes_from() -> None:

@@ -19,11 +19,15 @@ from test_learner import MODEL, advantages, episodes, fresh, leaves, on_policy
 from rollout.errors import UserError
 from sqlrl_jax import config_file
 from sqlrl_jax.config import MeshConfig
+from sqlrl_jax.config_algorithm import KLControlConfig
+from sqlrl_jax.credit import learn
 from sqlrl_jax.learner import Learner, build_learner
 from sqlrl_jax.mesh import make_mesh
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.hf import save_hf
+from sqlrl_jax.rl.advantages import load_estimator
 from sqlrl_jax.rl.kl import approximate_kl
+from sqlrl_jax.rl.kl_control import next_coefficient
 
 KL = ("trainer.policy.remat=none", "trainer.algorithm.use_kl_loss=true", "trainer.algorithm.kl_loss_coef=0.5")
 
@@ -100,16 +104,55 @@ def test_the_kl_pulls_towards_the_reference() -> None:
     assert kls[-1] < 0.8 * kls[0]
 
 
-def test_in_the_reward_it_is_summed_over_an_episodes_own_tokens() -> None:
+def test_in_the_reward_it_lies_on_each_token_as_it_was_drawn() -> None:
     config = test_learner.settings("trainer.algorithm.use_kl_in_reward=true", "trainer.algorithm.kl_loss_coef=0.25")
     subject = Learner(config, make_mesh(MeshConfig()), MODEL, fresh(0), reference=fresh(3))
     batch = episodes()
     reference = Learner(config, make_mesh(MeshConfig()), MODEL, fresh(3)).evaluate_logprobs(batch)
-    got = subject.kl_penalties(batch)
-    for value, episode, logprobs in zip(got, batch, reference, strict=True):
+    want = []
+    for episode, logprobs in zip(batch, reference, strict=True):
         drawn = [p for p, m in zip(episode.logprobs, episode.loss_mask, strict=True) if m]
-        want = 0.25 * sum(slow(a, b, "k3") for a, b in zip(drawn, logprobs, strict=True))
-        assert value == pytest.approx(want, rel=1e-4)
+        want.append([slow(a, b, "k3") for a, b in zip(drawn, logprobs, strict=True)])
+    for got, expected in zip(subject.reference_kls(batch), want, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4)
+    metrics = learn(subject, load_estimator("grpo"), batch)
+    assert metrics["loss/avg_final_rewards"] == pytest.approx(-0.25 * np.mean([sum(k) for k in want]), rel=1e-4)
+    assert metrics["loss/avg_kl"] == pytest.approx(np.mean([np.mean(k) for k in want]), rel=1e-4)
+
+
+@given(st.floats(0, 5), st.floats(0.01, 2), st.integers(1, 2000), st.integers(1, 5000), st.floats(1e-4, 1))
+def test_the_weight_follows_the_published_controller(
+    kl: float, target: float, episodes: int, horizon: int, weight: float
+) -> None:
+    """Ziegler et al. 2019, equation 2."""
+    error = kl / target - 1.0
+    error = 0.2 if error > 0.2 else -0.2 if error < -0.2 else error
+    settings = KLControlConfig(type="adaptive", kl_target=target, horizon=horizon)
+    want = weight * (1.0 + error * episodes / horizon)
+    assert next_coefficient(weight, kl, episodes, settings) == pytest.approx(max(want, 0.0), rel=1e-9, abs=1e-12)
+    assert next_coefficient(weight, kl, episodes, KLControlConfig()) == weight
+
+
+@pytest.mark.parametrize("where", ["use_kl_loss", "use_kl_in_reward"])
+def test_a_kl_above_its_target_makes_the_next_step_pull_harder(where: str) -> None:
+    config = test_learner.settings(
+        "trainer.policy.remat=none",
+        f"trainer.algorithm.{where}=true",
+        "trainer.algorithm.kl_loss_coef=0.5",
+        "trainer.algorithm.kl_ctrl={type: adaptive, kl_target: 1e-4, horizon: 24}",
+        "trainer.algorithm.zero_variance_filter=false",
+    )
+    subject = Learner(config, make_mesh(config.trainer.mesh), MODEL, fresh(0), reference=fresh(3))
+    batch = on_policy(subject, episodes())
+    estimator = load_estimator("grpo")
+    first, second = (learn(subject, estimator, batch) for _ in range(2))
+    assert first["loss/kl_loss_coef"] == 0.5
+    assert second["loss/kl_loss_coef"] == pytest.approx(0.5 * (1 + 0.2 * 12 / 24))
+    if where == "use_kl_loss":  # every reward is equal: the loss is the KL alone, at its present weight
+        assert second["policy/loss"] == pytest.approx(
+            second["loss/kl_loss_coef"] * second["policy/policy_kl"], rel=1e-4
+        )
+        assert first["policy/compiles"] == second["policy/compiles"]
 
 
 def test_under_adapters_the_frozen_model_is_the_reference() -> None:

@@ -61,6 +61,7 @@ def test_a_template_that_drops_thoughts_renders_each_turns_context(tokenizer: An
         wanted = [chat.prompt_ids([*messages, *looked * turn]) for turn in range(3)]  # type: ignore[list-item]
         assert episode.contexts == wanted
         assert "first the tables" not in chat.decode(episode.contexts[2])
+        episode.spans = [(0, 0, len(episode.response_ids))]  # the scripted engine's version is none that can be sent
         steps = steps_of(trajectory_from_proto(trajectory_to_proto(episode)))
         assert [step.prompt_ids for step in steps] == wanted
         assert [chat.decode(step.response_ids) for step in steps] == [THOUGHT + LOOK, THOUGHT + LOOK, THOUGHT + SOLVE]

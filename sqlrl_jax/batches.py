@@ -99,6 +99,11 @@ class Sieve:
         return len(self.kept) + len(self.without_spread)
 
     @property
+    def positions(self) -> list[int]:
+        """Where the groups that were offered are in the supply."""
+        return [group.position for group in (*self.kept, *self.without_spread)]
+
+    @property
     def done(self) -> bool:
         """Whether the batch is full, or as many groups were looked at as may be."""
         return len(self.kept) == self._size or self.offered >= self._limit
@@ -133,31 +138,33 @@ class Sieve:
 
 
 class SynchronousBatches:
-    """Each batch is played from beginning to end by the weights of its step. A resumed run repeats it exactly."""
+    """Each batch is played from beginning to end by the weights of its step. A resumed run repeats it exactly, also when it
+    was stopped in the middle of one: until a batch is whole, all that was asked for it is owed."""
 
     def __init__(self, config: Config, supply: Supply, fleet: Fleet, watch: Watch) -> None:
         self._config, self._supply, self._fleet, self._watch = config, supply, fleet, watch
-        self._kept: list[int] = []
+        self._offered: list[int] = []
 
     def take(self, step: int) -> Batch | None:
-        sieve, attempt = Sieve(self._config), 0
+        sieve, attempt, left = Sieve(self._config), 0, list[int]()
         while not sieve.done:
             asked = self._supply.take(sieve.wanted()) or self._supply.take(sieve.wanted(), repeat=True)
             if not asked:
-                self._supply.used(group.position for group in sieve.kept)
+                self._supply.used(sieve.positions)
                 return None
             episodes = groups_of(self._play([task for _, task in asked], step, attempt))
             for (position, _), group in zip(asked, episodes, strict=True):
                 if sieve.done:
-                    self._supply.again([position])
-                elif not sieve.offer(Group(position, group)):
-                    self._supply.used([position])
+                    left.append(position)
+                else:
+                    sieve.offer(Group(position, group))
             attempt += 1
-        self._kept = [group.position for group in sieve.kept]
+        self._supply.again(left)
+        self._offered = sieve.positions
         return sieve.batch()
 
     def trained(self, batch: Batch) -> None:
-        self._supply.used(self._kept)
+        self._supply.used(self._offered)
 
     def close(self) -> None:
         """Nothing runs between two batches."""

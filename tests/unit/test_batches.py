@@ -10,6 +10,7 @@ from sqlrl_jax import config_file
 from sqlrl_jax.batches import SynchronousBatches, Watch
 from sqlrl_jax.config import ConfigError
 from sqlrl_jax.data.order import Shuffled, Supply
+from sqlrl_jax.stop import Stopped
 from tests.unit.test_order import tasks
 
 WATCH = Watch(lambda label, total: nullcontext(lambda done: None), lambda: None)
@@ -114,6 +115,26 @@ def test_dynamic_sampling_resumed_equals_uninterrupted():
     parts += [names(take(second, step)) for step in range(3, 6)]
     assert parts == whole
     assert played.asked == fleet.asked[-len(played.asked) :]
+
+
+def test_stopped_in_the_middle_of_a_batch_and_resumed_equals_uninterrupted():
+    batches, _, _ = source(some, FILTER)
+    whole = [names(take(batches, step)) for step in range(4)]
+    first, supply, fleet = source(some, FILTER)
+    parts, play = [names(take(first, step)) for step in range(2)], fleet.rollout
+
+    def stop_in_the_second_round(questions, **request):
+        if request["seed"] >> 40:
+            raise Stopped("SIGINT")
+        return play(questions, **request)
+
+    fleet.rollout = stop_in_the_second_round
+    with pytest.raises(Stopped):
+        first.take(2)
+    second, later, _ = source(some, FILTER)
+    later.restore(json.loads(json.dumps(supply.state)), {task.id: task for task in tasks(QUESTIONS)})
+    parts += [names(take(second, step)) for step in range(2, 4)]
+    assert parts == whole
 
 
 def test_the_limit_fills_the_batch_up_and_says_so():

@@ -41,7 +41,7 @@ def keep_freed_frames() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return all([mallopt(_M_MMAP_THRESHOLD, _FRAME_BYTES), mallopt(_M_TRIM_THRESHOLD, 32 * _FRAME_BYTES)])
+    return all([mallopt(_M_MMAP_THRESHOLD, _FRAME_BYTES), mallopt(_M_TRIM_THRESHOLD, 8 * _FRAME_BYTES)])
 
 
 def share_devices() -> None:

@@ -54,7 +54,7 @@ class _World:
     busy: float = 0.0
     active: int = 0
     events: list[tuple[float, int, int, _Group]] = field(default_factory=list)
-    ready: deque[_Group] = field(default_factory=deque)
+    ready: list[tuple[int, int, _Group]] = field(default_factory=list)  # by the version of the oldest token
     out: int = 0
 
     def __post_init__(self) -> None:
@@ -97,7 +97,8 @@ class _World:
             self.start(service)
             group.missing -= 1
             if not group.missing:
-                self.ready.append(group)
+                self.count += 1
+                heapq.heappush(self.ready, (group.oldest, self.count, group))
         self.busy += self.active * (until - self.now)
         self.now = until
 
@@ -117,9 +118,9 @@ def simulate(cluster: Cluster, tokens: Sequence[float], staleness: int, steps: i
             if not world.ready:
                 world.advance(world.events[0][0])
                 continue
-            group = world.ready.popleft()
+            oldest, _, _ = heapq.heappop(world.ready)
             ended += 1
-            if world.version - group.oldest > staleness:
+            if world.version - oldest > staleness:
                 dropped += 1
                 world.out -= 1
                 world.submit(1)

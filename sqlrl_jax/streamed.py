@@ -1,9 +1,9 @@
 """Batches from a stream that never stops: episodes run while the learner steps, and weights change under them.
 
-A batch is made of the first groups that have ended and are no more than trainer.max_staleness versions behind: the learner's
-version less that of the group's oldest token. Older ones are dropped, counted, and their questions asked again. At most
-max_staleness + 1 batches of groups are out at one time (running, waiting, or being trained on), so that a group that is
-trained on in its turn is in time.
+A batch is made of the first groups that have ended, the oldest first, and are no more than trainer.max_staleness versions
+behind: the learner's version less that of the group's oldest token. Older ones are dropped, counted, and their questions
+asked again. At most max_staleness + 1 batches of groups are out at one time (running, waiting, or being trained on), so that
+a group that is trained on in its turn is in time.
 
 With several processes each plays its share and all hear everything at the same points, so all keep the same books and make
 the same batches. Left out: keeping finished groups in checkpoints; a resumed run asks for them again, with newer weights.
@@ -73,6 +73,7 @@ class StreamedBatches:
     def _fill(self, sieve: Sieve) -> int:
         """Moves finished groups into the batch, as long as it needs any; returns how many were too old."""
         dropped = 0
+        self._ready.sort(key=oldest)  # those that will be too old next go first; otherwise as they ended
         while self._ready and not sieve.done:
             group = self._ready.pop(0)
             if staleness(group, self._version) > self._config.trainer.max_staleness:
@@ -137,6 +138,12 @@ class StreamedBatches:
         }
 
 
+def oldest(group: Group) -> int:
+    """The version that sampled a group's oldest token; -1 for one without tokens."""
+    return min((span[0] for episode in group.episodes for span in episode.spans), default=-1)
+
+
 def staleness(group: Group, version: int) -> int:
     """How many versions before `version` a group's oldest token was sampled; 0 for one without tokens."""
-    return max((version - span[0] for episode in group.episodes for span in episode.spans), default=0)
+    first = oldest(group)
+    return version - first if first >= 0 else 0

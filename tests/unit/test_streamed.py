@@ -194,6 +194,19 @@ def test_groups_past_the_bound_are_dropped_counted_and_asked_again():
     assert old <= set(cluster.running) | set(names(batch)) | {group.episodes[0].task_id for group in batches._ready}
 
 
+def test_of_the_groups_that_wait_the_oldest_go_first():
+    batches, _, cluster = source(bound=2, batch=2, steps=4)
+    batches.trained(batches.take(0))
+    cluster.version = 1
+    while cluster.running:
+        batches._listen()
+    for group, version in zip(batches._ready, (1, 0, 1, 0), strict=False):
+        for episode in group.episodes:
+            episode.spans = [(version, 0, 2)]
+    batch = batches.take(1)
+    assert [staleness(group, 1) for group in batch.groups] == [1, 1]
+
+
 def test_the_next_batch_is_asked_when_the_weights_are_live():
     batches, supply, cluster = source(bound=1, batch=2)
     first = batches.take(0)

@@ -11,8 +11,8 @@ The memory keeps the bytes of the weights that are live. A push of differences f
 and turns those bytes into the new ones at once, when all of it is there; the checksums are of the result. After anything
 that leaves the bytes in doubt, and for any other base, the push that is opened takes everything.
 
-No threads, no clock of its own, no gRPC: server.py drives it from one event loop, and lets `prepare` and `reserve`, which
-take long, run in a thread while it holds other calls back; only `frame` may come in between.
+No threads, no clock of its own, no gRPC: weight_calls.py drives it from one event loop, and lets `prepare`, which takes long,
+run in a thread while it holds other calls back; only `frame` may come in between.
 """
 
 from __future__ import annotations
@@ -124,11 +124,6 @@ class Receiver:
         """Whether the open push takes differences from the base it was asked for, not everything."""
         return self.staging is not None and self._delta
 
-    def reserve(self) -> None:
-        """Allocates the memory, if it was not before. Raises NoMemory."""
-        if self._memory is None:
-            self._memory = allocate(sum(aligned(tensor_bytes(spec)) for spec in self._specs.values()))
-
     def begin(
         self,
         key: Key,
@@ -158,8 +153,8 @@ class Receiver:
             self._drop()
             self._delta = same and base is not None and self.held == base
             if not self._delta:
-                self.reserve()
-                assert self._memory is not None
+                if self._memory is None:
+                    self._memory = allocate(sum(aligned(tensor_bytes(spec)) for spec in self._specs.values()))
                 self.held = None
                 self._manifest, self._parts = list(manifest), layout(self._memory, manifest, cut)
             self.staging, self._base, self._state = key, base, State.STAGING

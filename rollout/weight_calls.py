@@ -1,6 +1,6 @@
 """The service's calls about weights: Begin, Push, Commit, Abort around the receiver and the engine.
 
-What takes long (allocating, checking, applying, the probe) runs in threads, one such call at a time, while the event loop
+What takes long (checking, applying, the probe) runs in threads, one such call at a time, while the event loop
 takes frames and plays episodes. From the moment new weights enter the engine until its probe has passed nothing that was
 generated may leave the service: see `sure`.
 """
@@ -45,7 +45,7 @@ class WeightCalls:
         slices = [[Slice(tuple(s.start), tuple(s.size)) for s in spec.slices] for spec in request.manifest]
         receiver, lease = self.receiver, request.lease_seconds
         async with self.lock:
-            missing = await asyncio.to_thread(receiver.begin, weights, manifest, slices, lease, base)
+            missing = receiver.begin(weights, manifest, slices, lease, base)
         return self._state(weights, missing)
 
     async def push(self, requests: AsyncIterator[bytes]) -> pb.PushReply:

@@ -30,6 +30,7 @@ from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.hf import Entry, hf_table
 from sqlrl_jax.model.params import Params, flatten
 from sqlrl_jax.model.peft import peft_table, to_peft_tensors
+from sqlrl_jax.model.transpose import transposed
 
 Place = tuple[tuple[int, ...], tuple[int, ...]]
 """(start, size) of a rectangle of a tensor."""
@@ -162,7 +163,7 @@ def pieces(tensor: int, cut: Cut, array: jax.Array, turn: bool = False) -> Itera
         if shard.replica_id == 0:
             data, place = np.asarray(shard.data), _place(shard.index, array.shape)
             if turn:
-                data, place = _transposed(data), (place[0][::-1], place[1][::-1])
+                data, place = transposed(data), (place[0][::-1], place[1][::-1])
             flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
             yield Piece(tensor, cut.slices.index(place), flat, array.dtype.itemsize)
 
@@ -182,20 +183,6 @@ def _cut(name: str, shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.S
 def _place(index: tuple[slice, ...], shape: tuple[int, ...]) -> Place:
     bounds = [part.indices(length) for part, length in zip(index, shape, strict=True)]
     return tuple(start for start, _, _ in bounds), tuple(stop - start for start, stop, _ in bounds)
-
-
-def _transposed(matrix: np.ndarray, rows: int = 128) -> np.ndarray:
-    """By strips of rows that fit a cache, in a buffer whose rows are not a power of two apart, or they would evict each
-    other."""
-    words = matrix.view(f"u{matrix.itemsize}")
-    height, width = words.shape
-    out = np.empty((width, height), words.dtype)
-    strip = np.empty((rows, width + 64 // words.itemsize), words.dtype)[:, :width]
-    for start in range(0, height, rows):
-        part = words[start : start + rows]
-        strip[: len(part)] = part
-        out[:, start : start + rows] = strip[: len(part)].T
-    return out.view(matrix.dtype)
 
 
 def _model_groups(config: ModelConfig, dtype: str) -> list[_Group]:

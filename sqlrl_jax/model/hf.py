@@ -31,6 +31,7 @@ from sqlrl_jax.mesh import param_sharding
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.hf_files import DTYPES, SHARD_BYTES, CheckpointError, Crew, read_index, write_checkpoint
 from sqlrl_jax.model.params import Params, ParamSpec, flatten, nest, param_specs
+from sqlrl_jax.model.transpose import transposed
 
 _DTYPES = {theirs: ours for ours, theirs in DTYPES.items()}
 _PIECE_BYTES = 256_000_000
@@ -111,8 +112,10 @@ def from_hf_tensors(tensors: Mapping[str, Any], config: ModelConfig, dtype: str)
     check_names(shapes, config, "the tensors given")
     parts: dict[str, list[Any]] = {}
     for e in hf_table(config):
-        value = jnp.asarray(tensors[e.name], jnp.dtype(dtype))
-        parts.setdefault(e.path, []).append(value.T if e.transpose else value)
+        value = tensors[e.name]
+        if e.transpose:
+            value = transposed(value) if isinstance(value, np.ndarray) else value.T
+        parts.setdefault(e.path, []).append(jnp.asarray(value, jnp.dtype(dtype)))
     return nest({path: jnp.stack(p) if path.startswith("layers.") else p[0] for path, p in parts.items()})
 
 

@@ -1,6 +1,7 @@
 """Buckets of a push: together they are the Hugging Face tensors of the model, bit for bit, however devices cut them."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,6 +11,7 @@ from sqlrl_jax.config import MeshConfig
 from sqlrl_jax.mesh import make_mesh
 from sqlrl_jax.model.hf import hf_manifest, to_hf_tensors
 from sqlrl_jax.model.params import param_specs, spec_shardings
+from sqlrl_jax.model.transpose import transposed
 from tests.unit.tiny_model import model_config, sharp_params
 
 
@@ -60,3 +62,11 @@ def test_buckets_that_an_accelerator_turns_round_are_the_same(monkeypatch):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     check("bfloat16", mesh)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (129, 7), (300, 257)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_matrices_are_turned_round(shape, dtype):
+    matrix = np.arange(shape[0] * shape[1]).reshape(shape).astype(jnp.dtype(dtype))
+    assert np.array_equal(transposed(matrix), matrix.T)
+    assert np.array_equal(transposed(matrix[:, ::2]), matrix[:, ::2].T)

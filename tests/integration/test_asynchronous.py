@@ -4,6 +4,7 @@ the epochs say, and no episode is older than the bound."""
 import json
 import os
 import signal
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -16,12 +17,11 @@ BOUND, STEPS = 2, 7  # of 4 questions; an epoch has 16: the last step is of the 
 
 
 def start(run_dir, demo, *more):
-    import subprocess
-
     settings = [
         f"trainer.max_staleness={BOUND}",
         f"trainer.max_steps={STEPS}",
         "trainer.epochs=3",
+        "data.order=shuffled",  # which is known beforehand
         "trainer.eval_before_train=false",
         "data.demo.train_databases=2",
         f"data.train_data=[{demo}/train.jsonl]",

@@ -136,8 +136,8 @@ class Members:
         tried = self._try([address for address in self.away if eager or self._pace.due(address)])
         known = set(self._listed) | {address for found in self._stand_for.values() for address in found}
         for address, error in tried.items():
-            if error is None:
-                self._members[address].present = True
+            if error is None:  # over a new connection: a broken one waits before it tries again
+                self._add(address, self._members[address].name, present=True)
             elif strict and error.unwelcome:
                 raise error
             elif self._names and address not in known:
@@ -190,18 +190,18 @@ class Members:
                     self._add(address, name)
 
     def _try(self, addresses: Iterable[str]) -> dict[str, BridgeError | None]:
-        """What each says, all asked at once, over new connections: a broken one waits before it tries again."""
+        """What each says, all asked at once, over connections of their own: one that is stopping may still send episodes over
+        its old one."""
         addresses = list(addresses)
         if not addresses:
             return {}
-        for address in addresses:
-            self._add(address, self._members[address].name)
         with ThreadPoolExecutor(min(len(addresses), 32), thread_name_prefix="look") as pool:
             return dict(zip(addresses, pool.map(self._trouble, addresses), strict=True))
 
     def _trouble(self, address: str) -> BridgeError | None:
         started = time.monotonic()
-        error = self._members[address].stub.trouble(PROBE_SECONDS)
+        with Stub(address, self._security, self._members[address].name) as probe:
+            error = probe.trouble(PROBE_SECONDS)
         self._pace.took(address, time.monotonic() - started if error else 0.0)
         return error
 

@@ -2,6 +2,7 @@
 every episode of a batch comes exactly once, the same whoever played it, of the weights that were asked for."""
 
 import os
+import re
 import signal
 import time
 import uuid
@@ -12,7 +13,7 @@ import pytest
 from rollout.client import RolloutClient
 from rollout.stub import BridgeError, Stub
 from rollout.supervisor import ServiceProcess
-from tests.integration.bridge_helpers import SAMPLING, key, push, service, tasks, wait_until, weights
+from tests.integration.bridge_helpers import DEADLINE, SAMPLING, key, push, service, tasks, wait_until, weights
 from tests.integration.tcp_relay import Relay
 
 pytestmark = pytest.mark.timeout(240)
@@ -154,7 +155,10 @@ def test_one_that_is_told_to_stop_hands_back_what_it_cannot_finish(tmp_path, exp
     watch = Watch(lambda: os.kill(stopping.pid, signal.SIGTERM))
     watch.play(client, expected)
     assert watch.lost[stopping.address].stopping
-    assert "this service is stopping: it hands back 6 episodes" in str(watch.lost[stopping.address])
+    handed_back = re.search(
+        r"this service is stopping: it hands back (\d+) episodes", str(watch.lost[stopping.address])
+    )
+    assert int(handed_back[1]) >= 6, "those that never end; on a busy machine others do not end in time"
     assert (client.lost, client.handed_back, client.duplicates) == (0, 1, 0)
     client.close()
     services.stop()
@@ -170,7 +174,7 @@ def test_one_that_is_told_to_stop_finishes_what_it_can(tmp_path, expected):
         watch.act = lambda: (
             os.kill(stopping.pid, signal.SIGTERM),
             wait_until(lambda: stub.status().stopping, "the service to stop"),
-            states.append((stub.healthy(), str(stub.trouble()))),
+            states.append((stub.healthy(DEADLINE), str(stub.trouble(DEADLINE)))),
         )
         watch.play(client, expected)
     assert not watch.lost
@@ -216,9 +220,10 @@ def test_one_with_other_weights_plays_nothing(three, expected):
 
 def test_weights_that_change_under_an_episode_do_not_pass(tmp_path, expected):
     """Only another learner could do that. What it touched is asked for again, and refused then."""
-    services = Services(tmp_path, 2)
+    services = Services(tmp_path, 1)
+    touched = services.start("--delay", "0.15")  # it plays long enough
     client = client_of(services.addresses)
-    watch = Watch(lambda: give(services.processes[0], VERSION + 1))
+    watch = Watch(lambda: give(touched, VERSION + 1))
     watch.play(client, expected)
     assert client.retried > 0
     client.close()

@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from bridge_helpers import DEADLINE, SAMPLING, key, push, service, tasks, weights
+from bridge_helpers import DEADLINE, SAMPLING, key, push, service, tasks, wait_until, weights
 
 from rollout.client import RolloutClient
 from rollout.stream import Finished, GroupStream
@@ -97,6 +97,22 @@ def test_a_service_that_is_told_to_stop_says_so_and_hands_back_what_is_left(star
     assert (notice.tasks, notice.error.stopping) == ([], True)
     assert left.error.stopping
     assert sorted(names([first]) + [task.id for task in left.tasks]) == [task.id for task in tasks(3)]
+    stream.close()
+    client.close()
+
+
+def test_one_that_stops_plays_on_while_the_learner_looks_for_others(start):
+    stopping, other = start("--version", "0", "--delay", "0.2"), start("--version", "0")
+    client = RolloutClient([stopping.address, other.address], retries=0)
+    stream = stream_of(client)
+    stream.submit(tasks(4), version=0, seed=1)
+    os.kill(stopping.pid, signal.SIGTERM)
+    with Stub(stopping.address) as stub:
+        wait_until(lambda: stub.status().stopping, "the service to stop")
+    client.members.leave(stopping.address)  # what a fleet does that is told
+    assert client.members.look() == []
+    back = everything(stream)
+    assert names([event for event in back if isinstance(event, Finished)]) == [task.id for task in tasks(4)]
     stream.close()
     client.close()
 

@@ -32,7 +32,7 @@ class BridgeConfig(Section):
     probe_sequences: int = Field(4, ge=0)
     """Sequences whose log-probabilities a service must give as the learner does before new weights are live; 0: no check."""
     probe_tolerance: float | None = Field(None, gt=0)
-    """Largest mean difference in them, nats a token. Not given: 0.001 in float32, 0.1 with bfloat16, 0.3 quantized."""
+    """Largest mean difference in them, nats a token. Not given: 0.001 in float32, 0.5 with bfloat16, 1 quantized."""
     stall_timeout: float = Field(300.0, gt=0)
     """Seconds without a finished episode or a new token after which a service counts as dead."""
     drain_timeout: float = Field(20.0, ge=0)

@@ -18,8 +18,9 @@ from sqlrl_jax.learner import Learner
 TOKENS = 256
 """Of each sequence, from its beginning; fewer where the learner's rows or the engines' contexts are shorter."""
 
-# Mean difference, in nats a token, that rounding alone does not make.
-_FLOAT32, _BFLOAT16, _QUANTIZED = 1e-3, 0.1, 0.3
+# Mean difference, in nats a token, that rounding alone does not make, while other weights make several. A bfloat16 engine
+# rounds logits of 16 to 32 to multiples of an eighth: 0.13 was seen for random ids on a 135M model.
+_FLOAT32, _BFLOAT16, _QUANTIZED = 1e-3, 0.5, 1.0
 
 
 class Prober:

@@ -65,9 +65,9 @@ def test_questions_first_then_one_episode_of_each_task(tmp_path):
     ("overrides", "expected"),
     [
         ((), 1e-3),
-        (("generator.inference_engine.dtype=bfloat16",), 0.1),
-        (("trainer.policy.compute_dtype=bfloat16",), 0.1),
-        (("generator.inference_engine.dtype=bfloat16", "bridge.probe_tolerance=0.5"), 0.5),
+        (("generator.inference_engine.dtype=bfloat16",), 0.5),
+        (("trainer.policy.compute_dtype=bfloat16",), 0.5),
+        (("generator.inference_engine.dtype=bfloat16", "bridge.probe_tolerance=0.2"), 0.2),
     ],
 )
 def test_the_tolerance_is_the_coarser_sides(tmp_path, overrides, expected):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from tiny_model import engine_config, model_config, sharp_params
@@ -12,9 +14,12 @@ from rollout.engine.sglang import SglangEngine
 from rollout.engine.sglang_arguments import engine_arguments
 from rollout.engine.sglang_weights import plan
 from sqlrl_jax.config import Config, LoraConfig
+from sqlrl_jax.config_file import load
+from sqlrl_jax.local_services import visible_gpus
 from sqlrl_jax.model.hf import hf_manifest, save_hf
 from sqlrl_jax.model.peft import peft_manifest
 
+ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = {
     "qwen2": {},
     "qwen2-tied": {"tie_word_embeddings": True},
@@ -71,6 +76,14 @@ def test_settings_become_arguments_of_sglang():
     assert given.items() >= expected.items()
     plain = engine_arguments(config_with(), 1000)
     assert not {"quantization", "mem_fraction_static"} & plain.keys()  # SGLang chooses
+
+
+def test_the_fp8_recipe_gives_two_engines_eight_bits_and_four_gpus_each():
+    config = load(str(ROOT / "configs" / "skyrl_sql_fp8.yaml"))
+    expected = {"quantization": "fp8", "tp_size": 4, "dtype": "bfloat16"}
+    assert engine_arguments(config, 32000).items() >= expected.items()
+    seen = [visible_gpus(config, engine, {})["CUDA_VISIBLE_DEVICES"] for engine in range(2)]
+    assert seen == ["0,1,2,3", "4,5,6,7"]
 
 
 def test_adapters_become_arguments_of_sglang():

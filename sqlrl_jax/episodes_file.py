@@ -114,7 +114,7 @@ def fingerprint(settings: dict[str, Any]) -> str:
 
 
 def _trajectory(row: dict[str, Any]) -> Trajectory:
-    values = {field.name: row[field.name] for field in fields(Trajectory)}
+    values = {field.name: row[field.name] for field in fields(Trajectory) if field.name in row}  # older files lack some
     values["turns"] = [Turn(**turn) for turn in row["turns"]]
     values["spans"] = [tuple(span) for span in row["spans"]]
     return Trajectory(**values)

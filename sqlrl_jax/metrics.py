@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from rollout.types import OUTCOMES, Trajectory
+from sqlrl_jax.rl.rewards import context_tokens
 from sqlrl_jax.voting import independent_trials, ks, majority, mean_interval, pass_at_k, wilson
 
 OWN = "environment/"
@@ -50,7 +51,7 @@ def rollout_metrics(episodes: Sequence[Trajectory]) -> dict[str, float]:
         "generate/std_num_tokens": float(lengths.std()),
         "generate/avg_tokens_non_zero_rewards": _mean(lengths[rewarded]),
         "generate/avg_tokens_zero_rewards": _mean(lengths[~rewarded]),
-        "generate/context_tokens": _mean(len(e.prompt_ids) + len(e.response_ids) for e in episodes),
+        "generate/context_tokens": _mean(context_tokens(e) for e in episodes),
         "generate/turns": _mean(len(e.turns) for e in episodes),
         "generate/looked_first": _mean(looked_first(e) for e in episodes),
         "sql/queries": float(len(queries)),

@@ -27,6 +27,14 @@ def overlong_penalty(tokens: int, limit: int, buffer: int, factor: float) -> flo
     return -factor * min(max(tokens - (limit - buffer), 0) / buffer, 1.0)
 
 
+def context_tokens(episode: Trajectory) -> int:
+    """Tokens of the context at its longest, observations included: at the end, but where a template rewrites what came
+    before."""
+    if not episode.contexts:
+        return len(episode.prompt_ids) + len(episode.response_ids)
+    return max(len(ids) + turn.tokens for ids, turn in zip(episode.contexts, episode.turns, strict=True))
+
+
 def turn_cost(episode: Trajectory, penalty: float) -> float:
     """What a right answer loses for its turns after the first. A wrong one loses nothing, or giving up at once would pay."""
     return penalty * max(len(episode.turns) - 1, 0) if episode.outcome == "correct" else 0.0
@@ -41,8 +49,9 @@ def final_rewards(episodes: Sequence[Trajectory], config: Config) -> Float[np.nd
     for episode in episodes:
         zero = generator.zero_reward_on_non_stop and truncated(episode)
         earned = 0.0 if zero else episode.reward - turn_cost(episode, config.trainer.algorithm.turn_penalty)
-        tokens = len(episode.prompt_ids) + len(episode.response_ids)
-        penalty = overlong_penalty(tokens, generator.max_input_length, buffer.len, buffer.penalty_factor)
+        penalty = overlong_penalty(
+            context_tokens(episode), generator.max_input_length, buffer.len, buffer.penalty_factor
+        )
         out.append(earned + penalty)
     return np.array(out, np.float64)
 

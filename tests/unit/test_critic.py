@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -60,12 +61,15 @@ def test_a_value_is_the_heads_product_with_the_state_before_the_token() -> None:
     assert all((part == 0).all() for part in critic.values(batch))
     head = np.random.default_rng(0).normal(size=MODEL.hidden_size).astype(np.float32)
     critic.state = critic.state._replace(params={**critic.state.params, HEAD: jnp.asarray(head)})
-    for episode, got in zip(batch, critic.values(batch), strict=True):
-        ids = np.array([[*episode.prompt_ids, *episode.response_ids]])
-        places = np.arange(ids.shape[1])[None]
-        hidden = np.asarray(forward(MODEL, fresh(7), ids, places, np.ones_like(ids)))[0]
+    ids, segments = np.zeros((2, len(batch), 48), np.int32)
+    for row, segment, episode in zip(ids, segments, batch, strict=True):
+        whole = [*episode.prompt_ids, *episode.response_ids]
+        row[: len(whole)], segment[: len(whole)] = whole, 1
+    places = np.broadcast_to(np.arange(48), ids.shape)
+    hidden = np.asarray(jax.jit(partial(forward, MODEL))(fresh(7), ids, places, segments))
+    for states, episode, got in zip(hidden, batch, critic.values(batch), strict=True):
         at = len(episode.prompt_ids) + np.flatnonzero(episode.loss_mask) - 1
-        np.testing.assert_allclose(got, hidden[at] @ head, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(got, states[at] @ head, rtol=1e-3, atol=1e-4)
 
 
 def test_it_learns_what_episodes_earn_and_leaves_the_policys_step_alone() -> None:

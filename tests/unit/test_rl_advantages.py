@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from dataclasses import replace
@@ -25,7 +26,7 @@ from sqlrl_jax.rl.advantages import (
     maxrl,
     rloo,
 )
-from sqlrl_jax.rl.rewards import final_rewards, overlong_penalty
+from sqlrl_jax.rl.rewards import context_tokens, final_rewards, overlong_penalty
 
 
 def slow_grpo(rewards: list[float], groups: list[int], norm_by_std: bool) -> list[float]:
@@ -163,6 +164,17 @@ def test_turns_after_the_first_cost_right_answers_alone(turns: int, outcome: str
     config = config_file.load(None, [f"trainer.algorithm.turn_penalty={penalty}"])
     lost = penalty * (turns - 1) if outcome == "correct" and turns > 1 else 0.0
     assert final_rewards([played], config)[0] == pytest.approx(1.0 - lost)
+
+
+def test_an_episode_whose_context_is_rewritten_is_as_long_as_its_longest_turn() -> None:
+    long = episode("solution", 120, 1.0)
+    assert context_tokens(long) == 120
+    turns = [Turn("a", tokens=20), Turn("b", tokens=30)]
+    rewritten = dataclasses.replace(long, turns=turns, contexts=[[1] * 60, [1] * 40])
+    assert context_tokens(rewritten) == 80
+    options = ["generator.max_input_length=100", "generator.sampling_params.max_generate_length=8"]
+    config = config_file.load(None, [*options, "trainer.algorithm.overlong_buffer.len=40"])
+    np.testing.assert_array_equal(final_rewards([long, rewritten], config), [0.0, 0.5])
 
 
 def test_final_rewards() -> None:

@@ -141,7 +141,7 @@ def test_prefixes_make_the_step_of_whole_episodes(estimator: str) -> None:
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * np.abs(b).max())
     for name in ("policy/episodes", "policy/trained_episodes", "policy/trained_tokens", "policy/loss"):
-        assert parts[name] == pytest.approx(whole[name], rel=1e-4)
+        assert parts[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-6)  # whitened advantages add up to 0
     assert parts["policy/trained_samples"] > whole["policy/trained_samples"] == whole["policy/trained_episodes"]
 
 

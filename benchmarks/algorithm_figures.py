@@ -24,12 +24,13 @@ LABELS = {
     "rloo": "RLOO",
     "reinforce++": "REINFORCE++",
     "maxrl": "MaxRL",
+    "gae": "GAE",
     "ppo": "PPO clip 0.2 / 0.2",
     "clip_higher": "PPO clip 0.2 / 0.28",
     "gspo": "GSPO",
     "cispo": "CISPO",
 }
-ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce++", "maxrl")
+ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce++", "maxrl", "gae")
 LOSSES = ("ppo", "clip_higher", "gspo", "cispo")
 PAIRS = (  # what, without, with
     ("wrong answers that found rows earn 0.1", "grpo", "partial"),

@@ -64,6 +64,10 @@ VARIANTS = {
     "rloo": Variant(("trainer.algorithm.advantage_estimator=rloo",)),
     "reinforce++": Variant(("trainer.algorithm.advantage_estimator=reinforce++",)),
     "maxrl": Variant(("trainer.algorithm.advantage_estimator=maxrl",)),
+    "gae": Variant((
+        "trainer.algorithm.advantage_estimator=gae",
+        "trainer.critic.optimizer_config.lr=3e-4",
+    )),
     "partial": Variant(("environment.text2sql.partial_reward=0.1",)),
     "turns": Variant(("trainer.algorithm.turn_penalty=0.05",)),
     "few": Variant(databases=32),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rollout.errors import UserError
 from sqlrl_jax.config import Config, ConfigError
 from sqlrl_jax.cost import Cost, Episodes
+from sqlrl_jax.data.packing import check_rows
 from sqlrl_jax.mesh import mesh_sizes
 from sqlrl_jax.model.config import ModelConfig, ModelConfigError
 from sqlrl_jax.suggest import Change, estimate, suggest
@@ -140,16 +141,13 @@ def _fixed(config: Config) -> int:
 
 
 def _refuse_uneven(cost: Cost) -> None:
-    rows, length = cost.policy.rows_per_micro_batch, cost.policy.row_tokens
+    rows, policy = cost.policy.rows_per_micro_batch, cost.policy
     if rows % cost.shards:
         raise ConfigError(
             f"trainer.policy.rows_per_micro_batch {rows} must be a multiple of the {cost.shards} parts the mesh splits a "
             f"batch into (data x fsdp): give rows_per_micro_batch={-(-rows // cost.shards) * cost.shards}"
         )
-    if length % cost.sizes["sequence"]:
-        raise ConfigError(
-            f"trainer.policy.row_tokens {length} must be a multiple of trainer.mesh.sequence {cost.sizes['sequence']}"
-        )
+    check_rows(policy.row_tokens, rows, cost.shards, policy.buckets, cost.sizes["sequence"])
 
 
 def find_model(config: Config, asked: str | None) -> tuple[str, ModelConfig]:

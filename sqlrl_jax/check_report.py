@@ -95,6 +95,7 @@ def _costs(findings: Findings) -> Table:
             "micro-batch",
             f"{cost.policy.rows_per_micro_batch} rows of {cost.policy.row_tokens} = {cost.tokens} tokens",
         ),
+        *_shorter_rows(findings),
         (
             "assumed",
             f"episodes of {cost.episodes.tokens} tokens, {cost.episodes.trained_share:.0%} of them trained",
@@ -114,6 +115,14 @@ def _costs(findings: Findings) -> Table:
         seconds = step.flops / cost.devices / findings.where.generation.flops
         rows.append(("at the slice's peak", f"{seconds:.0f} s a training step"))
     return _grid("by arithmetic", rows)
+
+
+def _shorter_rows(findings: Findings) -> list[tuple[str, str]]:
+    """What trainer.policy.row_buckets adds. Nothing else here counts it: the longest rows need the most memory."""
+    cost = findings.cost
+    shapes = [f"{cost.tokens // length} of {length}" for length in cost.policy.buckets]
+    said = f"{', '.join(shapes)}: a program more for each, no more memory, less attention"
+    return [("or in rows", said)] if shapes else []
 
 
 def _memory(findings: Findings) -> Table:
@@ -171,6 +180,7 @@ def as_json(findings: Findings) -> dict[str, Any]:
         "micro_batch": {
             "rows": cost.policy.rows_per_micro_batch,
             "tokens": cost.tokens,
+            "row_buckets": list(cost.policy.buckets),
             "flops": {**asdict(flops), "spent": flops.spent},
             "ideal_sent_bytes_per_device": cost.ideal_sent(),
         },

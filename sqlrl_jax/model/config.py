@@ -62,6 +62,19 @@ class ModelConfigError(UserError):
     """A `config.json` that the decoder cannot follow exactly; the message names the field."""
 
 
+def read_object(file: Path, needed: str, error: type[UserError]) -> dict[str, Any]:
+    """The JSON object in `file`. Raises `error` where there is none; `needed` says what a missing file would belong to."""
+    try:
+        parsed = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{file} does not exist: {needed}") from None
+    except ValueError as problem:
+        raise error(f"{file} is not JSON: {problem}") from None
+    if not isinstance(parsed, dict):
+        raise error(f"{file} does not hold a JSON object")
+    return parsed
+
+
 @dataclass(frozen=True)
 class Llama3Scaling:
     """Llama 3's change of the RoPE frequencies: long wavelengths are stretched by `factor`, short ones kept."""
@@ -166,14 +179,7 @@ class ModelConfig:
     def from_dir(cls, path: str | Path) -> ModelConfig:
         """The record of `path/config.json`."""
         file = Path(path) / "config.json"
-        try:
-            parsed = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ModelConfigError(f"{file} does not exist: a Hugging Face checkpoint folder is needed") from None
-        except ValueError as error:
-            raise ModelConfigError(f"{file} is not JSON: {error}") from None
-        if not isinstance(parsed, dict):
-            raise ModelConfigError(f"{file} does not hold a JSON object")
+        parsed = read_object(file, "a Hugging Face checkpoint folder is needed", ModelConfigError)
         try:
             return cls.from_hf(parsed)
         except ModelConfigError as error:

@@ -6,13 +6,13 @@ by name.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from sqlrl_jax.config_lora import LoraConfig, describe, targets
+from sqlrl_jax.model.config import read_object
 from sqlrl_jax.model.hf_files import CheckpointError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -59,14 +59,7 @@ def adapter_config(lora: LoraConfig, base: str | Path) -> dict[str, Any]:
 def read_adapter_config(directory: str | Path) -> tuple[LoraConfig, Path]:
     """Settings and base model of a PEFT folder. Raises CheckpointError naming the field that is not supported."""
     file = Path(directory) / CONFIG
-    try:
-        parsed = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} does not exist: a PEFT adapter folder is needed") from None
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from None
-    if not isinstance(parsed, dict):
-        raise CheckpointError(f"{file} does not hold a JSON object")
+    parsed = read_object(file, "a PEFT adapter folder is needed", CheckpointError)
     for name, neutral in _NEUTRAL.items():
         if parsed.get(name, neutral[0]) not in neutral:
             raise CheckpointError(f"{file}: {name} = {parsed[name]!r} is not supported (only {neutral[0]!r})")

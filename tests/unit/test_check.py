@@ -44,6 +44,7 @@ def test_the_tables_say_what_fits(capsys):
     assert "7.62G parameters" in out
     assert "6·N·tokens" in out
     assert "episodes of 6000 tokens" in out
+    assert "16 of 8192: a program more" in out
     assert "v5p:2x2x1" in out.splitlines()[-1]
 
 
@@ -63,6 +64,7 @@ def test_a_model_that_fits_nothing_ends_with_1(tmp_path, capsys):
         (["--topology", "v7:2x2"], r"--topology v7:2x2: expected generation:shape, such as"),
         (["--topology", "v5p:2x2x2"], r"rows_per_micro_batch 4 must be a multiple of the 8 .*rows_per_micro_batch=8"),
         (["--topology", "v5p:2x2x1", "trainer.mesh.tensor=3"], r"needs a multiple of 3 device"),
+        (["trainer.policy.row_buckets=[5000]"], r"row_buckets: 5000 must be less than row_tokens 32768 and divide"),
         (["trainer.mesh.sequence=7"], r"row_tokens 32768 must be a multiple of trainer.mesh.sequence 7"),
     ],
 )

@@ -1,6 +1,7 @@
 """How fast one GRPO update runs, against the same update in eager PyTorch, as a markdown table.
 
     python benchmarks/update.py [--work tiny|small] [--rounds 5]        (needs the extra `parity` for PyTorch)
+        [--trl PYTHON] [--tunix PYTHON]     TRL and Tunix themselves, from environments of their own
 
 tiny: a 0.92M Qwen2-type model, 256 episodes of 40 to 184 tokens, mean 84. small: 78M, vocabulary 16,384, 16 episodes of
 116 to 630 tokens, mean 353. float32, AdamW, PPO clip. Useful tokens are those of the episodes, padding not counted. The
@@ -19,11 +20,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import resource
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +34,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+import turns  # noqa: E402
+from safetensors.numpy import save_file  # noqa: E402
 
 from rollout.types import Trajectory  # noqa: E402
 from sqlrl_jax.allocator import keep_freed_memory  # noqa: E402
@@ -52,6 +53,9 @@ SPLIT = "sqlrl_jax, the same, each core a device"
 PADDED = "eager PyTorch, padded (TRL's layout)"
 SORTED = "eager PyTorch, sorted by length"
 LIMIT = "limit at the matmul rate"
+TRL = "TRL 1.16 GRPOTrainer"
+TUNIX = "Tunix 0.1.7, padded"
+PEERS = {TRL: "trl_peer.py", TUNIX: "tunix_peer.py"}
 
 
 class Work(NamedTuple):
@@ -181,37 +185,14 @@ def limit_update(work: Work) -> Callable[[], tuple[float, float]]:
 
 
 def serve(name: str, work: Work, size: int, overrides: list[str]) -> None:
-    """A contender's process: one update for each line on standard input, one JSON line of measurements for each."""
+    """A contender's process."""
     if name == LIMIT:
         update = limit_update(work)
     else:
         update = (
             torch_update(work, name == SORTED, size) if name in (PADDED, SORTED) else learner_update(work, overrides)
         )
-    for _ in sys.stdin:
-        started, cpu = time.perf_counter(), time.process_time()
-        loss, norm = update()
-        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": peak, "loss": loss, "norm": norm}), flush=True)
-
-
-class Contender:
-    """A contender in a process of its own, so that no framework's threads or allocator settings touch another's."""
-
-    def __init__(self, name: str, arguments: list[str]) -> None:
-        command = [sys.executable, __file__, "--serve", name, *arguments]
-        environment = os.environ | ({"JAX_NUM_CPU_DEVICES": "2"} if name == SPLIT else {})
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def update(self) -> dict[str, float]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline() or sys.exit("a contender's process died"))
+    turns.serve(update)
 
 
 def split(work: Work) -> list[str]:
@@ -219,16 +200,38 @@ def split(work: Work) -> list[str]:
     return ["trainer.mesh.data=2", "trainer.mesh.fsdp=1", f"trainer.policy.rows_per_micro_batch={2 * work.rows}"]
 
 
+def contender(name: str, arguments: list[str]) -> turns.Contender:
+    """One that this file serves."""
+    environment = {"JAX_NUM_CPU_DEVICES": "2"} if name == SPLIT else {}
+    return turns.Contender([sys.executable, __file__, "--serve", name, *arguments], environment)
+
+
+def write_work(work: Work, folder: Path) -> None:
+    """The model and the episodes for contenders that know nothing of this project."""
+    parameters = init_params(work.model, 0)
+    tensors = jax.device_get(to_hf_tensors(parameters, work.model, "float32"))
+    save_file(
+        {name: np.ascontiguousarray(t) for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    (folder / "config.json").write_text(json.dumps(work.model.to_hf("float32")))
+    names = ("prompt_ids", "response_ids", "loss_mask", "logprobs")
+    episodes = [
+        {name: getattr(e, name) for name in names} | {"advantage": float(advantage)}
+        for e, advantage in zip(make_episodes(work), make_advantages(work), strict=True)
+    ]
+    (folder / "episodes.json").write_text(json.dumps(episodes, default=float))
+
+
 def fastest_size(name: str, work: str) -> int:
     """The micro-batch size with which a layout of PyTorch is fastest: best of three updates of each."""
     seconds: dict[int, float] = {}
     for size in WORK[work].torch_sizes:
-        contender = Contender(name, ["--work", work, "--size", str(size)])
-        contender.update()
-        seconds[size] = min(contender.update()["seconds"] for _ in range(3))
-        contender.process.communicate()
-    tried = ", ".join(f"{size}: {value:.2f} s" for size, value in seconds.items())
-    print(f"{name}: {tried}", flush=True)
+        tried = contender(name, ["--work", work, "--size", str(size)])
+        tried.update()
+        seconds[size] = min(tried.update()["seconds"] for _ in range(3))
+        tried.end()
+    found = ", ".join(f"{size}: {value:.2f} s" for size, value in seconds.items())
+    print(f"{name}: {found}", flush=True)
     return min(seconds, key=lambda size: seconds[size])
 
 
@@ -237,6 +240,10 @@ def main() -> int:
     parser.add_argument("--work", choices=WORK, default="tiny")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sizes", type=int, nargs=2, metavar=("PADDED", "SORTED"), help="PyTorch's micro-batches")
+    parser.add_argument("--trl", metavar="PYTHON", help="interpreter of an environment with TRL (see trl_peer.py)")
+    parser.add_argument(
+        "--tunix", metavar="PYTHON", help="interpreter of an environment with Tunix (see tunix_peer.py)"
+    )
     parser.add_argument("--serve", choices=(OURS, SPLIT, PADDED, SORTED, LIMIT), help=argparse.SUPPRESS)
     parser.add_argument("--size", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("settings", nargs="*", help="key=value settings of the learner to try")
@@ -249,24 +256,30 @@ def main() -> int:
     print(f"{args.work}: {parameter_count(work.model):,} parameters, {work.episodes} episodes, {tokens:,} tokens\n")
     layouts = (PADDED, SORTED)
     sizes = dict(zip(layouts, args.sizes or [fastest_size(name, args.work) for name in layouts], strict=True))
-    contenders = {
-        name: Contender(name, ["--work", args.work, "--size", str(sizes.get(name, 0)), *args.settings, *more])
-        for name, more in ((OURS, ()), (SPLIT, split(work)), (PADDED, ()), (SORTED, ()), (LIMIT, ()))
-    }
-    first = {name: contender.update() for name, contender in contenders.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        contenders = {
+            name: contender(name, ["--work", args.work, "--size", str(sizes.get(name, 0)), *args.settings, *more])
+            for name, more in ((OURS, ()), (SPLIT, split(work)), (PADDED, ()), (SORTED, ()), (LIMIT, ()))
+        }
+        peers = {name: python for name, python in ((TRL, args.trl), (TUNIX, args.tunix)) if python}
+        for name, python in peers.items():
+            write_work(work, Path(folder))
+            script = ROOT / "benchmarks" / PEERS[name]
+            contenders[name] = turns.Contender([python, str(script), folder, str(sizes[PADDED])])
+        first = {name: c.update() for name, c in contenders.items()}
     for name, got in first.items():
-        if name != LIMIT and not np.allclose(
+        if name not in (LIMIT, TUNIX) and not np.allclose(
             [got["loss"], got["norm"]], [first[OURS]["loss"], first[OURS]["norm"]], 1e-3, 1e-4
         ):
             print(f"{name}: loss and gradient norm differ: {got}, ours {first[OURS]}", file=sys.stderr)
             return 1
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     for _ in range(args.rounds):
-        for name, contender in contenders.items():
+        for name, one in contenders.items():
             time.sleep(0.3)  # the threads of the one before stop spinning
-            rounds[name].append(contender.update())
-    for contender in contenders.values():
-        contender.process.communicate()
+            rounds[name].append(one.update())
+    for one in contenders.values():
+        one.end()
     print_table(tokens, rounds)
     return 0
 

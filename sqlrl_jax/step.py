@@ -222,12 +222,11 @@ class Program:
 
     def _applied(self, state: State, gradients: Params, total_weight: Array) -> tuple[State, dict[str, Array]]:
         """The state after one step with the mean gradient, clipped; the same state where that is not finite."""
-        (gradients,) = jax.linear_transpose(self._layout.lay, _float32(state.params))(gradients)
-        gradients = jax.tree.map(lambda g: g / total_weight, gradients)
-        norm = optax.global_norm(gradients)
+        norm = optax.global_norm(gradients) / total_weight  # first, so that not all gradients need lie in both layouts
         finite = jnp.isfinite(norm)
-        scale = jnp.where(finite, jnp.minimum(1.0, self.policy.optimizer_config.max_grad_norm / (norm + 1e-6)), 0.0)
-        gradients = jax.tree.map(lambda g: jnp.where(finite, g * scale, 0.0), gradients)
+        clip = jnp.minimum(1.0, self.policy.optimizer_config.max_grad_norm / (norm + 1e-6))
+        (gradients,) = jax.linear_transpose(self._layout.lay, _float32(state.params))(gradients)
+        gradients = jax.tree.map(lambda g: jnp.where(finite, g * (clip / total_weight), 0.0), gradients)
         if self.policy.offload_optimizer:
             state = state._replace(opt_state=jax.device_put(state.opt_state, self._moments))
         updates, opt_state = self._optimizer.update(gradients, state.opt_state, state.params)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
@@ -48,7 +49,7 @@ def make_trainer(folder: Path, episodes: int, size: int, out: str) -> GRPOTraine
         model=model,
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         args=config,
-        train_dataset=[{"prompt": "<eos>"}] * episodes,
+        train_dataset=Dataset.from_list([{"prompt": "<eos>"}] * episodes),
         processing_class=tokenizer,
     )
     trainer.create_optimizer()

@@ -46,18 +46,20 @@ def make_trainer(folder: Path, micro_batches: int) -> Trainer:
         norm_eps=given["rms_norm_eps"],
         use_tied_embedding=given["tie_word_embeddings"],
     )
-    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), devices=jax.devices()[:1])
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
     with mesh:
         model = create_model_from_safe_tensors(str(folder), config, mesh, dtype=jnp.float32)
-        matrices = jax.tree.map(lambda p: p.ndim > 1, nnx.state(model, nnx.Param))
-        optimizer = optax.chain(
-            optax.clip_by_global_norm(1.0), optax.adamw(3e-4, weight_decay=0.01, mask=lambda _: matrices)
-        )
+        decay = partial(jax.tree.map, lambda p: p.ndim > 1)  # matrices
+        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-4, weight_decay=0.01, mask=decay))
         training = TrainingConfig(eval_every_n_steps=10**9, gradient_accumulation_steps=micro_batches)
         trainer = Trainer(model, optimizer, training, lambda: {})
     algorithm = GRPOConfig(beta=0.0, epsilon=0.2, loss_agg_mode="token-mean")
     algorithm.temperature = 1.0  # which Tunix's learner sets from its rollout
-    trainer.with_loss_fn(partial(grpo_loss_fn, algo_config=algorithm, pad_id=PAD, eos_id=0), has_aux=True)
+
+    def loss(model: nnx.Module, train_example: TrainExample) -> Any:
+        return grpo_loss_fn(model, train_example, algo_config=algorithm, pad_id=PAD, eos_id=0)
+
+    trainer.with_loss_fn(loss, has_aux=True)
     trainer.with_gen_model_input_fn(lambda example: {"train_example": example})
     return trainer
 

@@ -69,16 +69,17 @@ class Work(NamedTuple):
     buckets: tuple[int, ...]  # shorter rows that may be used
     chunk: int
     torch_sizes: tuple[int, ...]  # sequences in a micro-batch of PyTorch; the fastest is used
+    split: bool  # whether two devices of one core each are tried too: they hold everything twice
 
 
 WORK = {
     "tiny": Work(
         ModelConfig("qwen2", 1024, 128, 384, 4, 4, 2, 32, tie_word_embeddings=True, attention_bias=True),
-        *(256, 40, 184, 84, 216, 7, (168, 72), 256, (4, 8, 16, 32, 64, 128, 256)),
+        *(256, 40, 184, 84, 216, 7, (168, 72), 240, (4, 8, 16, 32, 64, 128, 256), True),
     ),
     "small": Work(
         ModelConfig("qwen2", 16384, 768, 2176, 10, 12, 4, 64, tie_word_embeddings=True, attention_bias=True),
-        *(16, 116, 630, 353, 648, 1, (), 256, (1, 2, 4, 8)),
+        *(16, 116, 630, 353, 648, 1, (), 288, (1, 2, 4, 8), False),
     ),
 }
 
@@ -260,6 +261,7 @@ def main() -> int:
         contenders = {
             name: contender(name, ["--work", args.work, "--size", str(sizes.get(name, 0)), *args.settings, *more])
             for name, more in ((OURS, ()), (SPLIT, split(work)), (PADDED, ()), (SORTED, ()), (LIMIT, ()))
+            if name != SPLIT or work.split
         }
         peers = {name: python for name, python in ((TRL, args.trl), (TUNIX, args.tunix)) if python}
         for name, python in peers.items():

@@ -65,7 +65,7 @@ def test_a_model_that_fits_nothing_ends_with_1(tmp_path, capsys):
         (["--topology", "v5p:2x2x2"], r"rows_per_micro_batch 4 must be a multiple of the 8 .*rows_per_micro_batch=8"),
         (["--topology", "v5p:2x2x1", "trainer.mesh.tensor=3"], r"needs a multiple of 3 device"),
         (["trainer.policy.row_buckets=[5000]"], r"row_buckets: 5000 must be less than row_tokens 32768 and divide"),
-        (["trainer.mesh.sequence=7"], r"row_tokens 32768 must be a multiple of trainer.mesh.sequence 7"),
+        (["trainer.mesh.sequence=7"], r"row_tokens: 32768 must be a multiple of trainer.mesh.sequence 7"),
     ],
 )
 def test_mistakes_end_with_2_and_a_message(arguments, said, capsys):

@@ -127,6 +127,8 @@ class TableSession(Session):
 
 
 class Chat:
+    rewrites_history = False
+
     def prompt_ids(self, messages: Any) -> list[int]:
         return [ord(c) % 256 for c in messages[0]["content"]]
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from sqlrl_jax import config_file
+from sqlrl_jax.check import Request, check
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE = 900.0
@@ -199,3 +200,4 @@ def test_has_the_published_values(name: str) -> None:
     wanted = COMMON | {"trainer.algorithm.policy_loss_type": "ppo", "trainer.algorithm.use_kl_loss": False}
     wanted |= SPECIAL.get(name, {})
     assert {key: settings[key] for key in wanted} == wanted
+    assert check(config, Request()).fits  # on some known slice, by arithmetic

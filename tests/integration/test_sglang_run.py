@@ -27,7 +27,7 @@ export PYTHONPATH={shlex.quote(str(ROOT / "tests/sglang_cpu"))}
 exec {shlex.quote(PYTHON)} "$@"
 """
 ON_CPU = {"device": "cpu", "attention_backend": "torch_native", "sampling_backend": "pytorch"}
-ON_CPU |= {"lora_backend": "torch_native", "disable_cuda_graph": True, "mem_fraction_static": 0.1}
+ON_CPU |= {"lora_backend": "torch_native", "disable_cuda_graph": True, "mem_fraction_static": 0.5}
 ON_CPU |= {"max_total_tokens": 16384}
 SETTINGS = (
     "generator.backend=sglang",

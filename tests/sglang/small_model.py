@@ -117,7 +117,7 @@ def settings(folder: Path) -> list[str]:
     on_cpu |= {
         "lora_backend": "torch_native",
         "disable_cuda_graph": True,
-        "mem_fraction_static": 0.1,
+        "mem_fraction_static": 0.5,  # others on the machine take memory meanwhile
         "max_total_tokens": 16384,
     }
     extra = {} if torch.cuda.is_available() else on_cpu

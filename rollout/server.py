@@ -238,7 +238,7 @@ async def serve(
     await stopping.wait()
     await listening.stop_serving()
     await service.drain(drain_timeout if signalled and not engine.failure else 0.0)
-    await listening.server.stop(grace=1.0)
+    await listening.server.stop(grace=5.0)  # until the last have heard
 
 
 def _watch_parent(loop: asyncio.AbstractEventLoop, stopping: asyncio.Event) -> None:

@@ -106,8 +106,9 @@ def test_one_that_stops_plays_on_while_the_learner_looks_for_others(start):
     client = RolloutClient([stopping.address, other.address], retries=0)
     stream = stream_of(client)
     stream.submit(tasks(4), version=0, seed=1)
-    os.kill(stopping.pid, signal.SIGTERM)
     with Stub(stopping.address) as stub:
+        wait_until(lambda: stub.status().active_requests, "the episodes to begin")
+        os.kill(stopping.pid, signal.SIGTERM)
         wait_until(lambda: stub.status().stopping, "the service to stop")
     client.members.leave(stopping.address)  # what a fleet does that is told
     assert client.members.look() == []

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes FOLDER a Python environment with the real SGLang on a CPU, for tests: bash tests/sglang_cpu/install.sh FOLDER
-# Where pip would take PyTorch with CUDA: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu (needs 3 GB, 2 minutes).
+# Where pip would take PyTorch with CUDA, name its index of CPU builds in PIP_EXTRA_INDEX_URL (needs 3 GB, 2 minutes).
 set -euo pipefail
 folder=${1:?usage: install.sh FOLDER}
 python3 -m venv "$folder"

@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from sqlrl_jax.mesh import constrain, platform_of
+from sqlrl_jax.mesh import constrain
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.fsdp import gather_layer, lookup
 from sqlrl_jax.model.kernels import KEPT
@@ -68,15 +68,6 @@ def rope_table(config: ModelConfig, positions: Int[Array, "B S"]) -> Rope:
     """Cosine and sine of every position's angles, float32."""
     angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(config)
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def _rope_of_rows(config: ModelConfig, positions: Int[Array, "B S"], mesh: Mesh | None) -> Rope:
-    """The same for whole rows, whose positions are below their length. On a CPU, where a sine is computed alone and costs
-    as much as hundreds of multiplications, those of one row are computed and looked up: 3% of a tiny model's step."""
-    if platform_of(mesh) != "cpu":
-        return rope_table(config, positions)
-    cos, sin = (part[0] for part in rope_table(config, jnp.arange(positions.shape[1])[None]))
-    return cos[positions], sin[positions]
 
 
 def apply_rope(x: Float[Array, "B S N h"], rope: Rope) -> Float[Array, "B S N h"]:
@@ -192,7 +183,7 @@ def forward(
 
     segments = constrain(segment_ids, compute.mesh, ("batch", None))  # each device attends over whole rows
     x = embed(params, tokens, compute)
-    x = run_layers(config, params["layers"], x, _rope_of_rows(config, positions, compute.mesh), attend, compute)
+    x = run_layers(config, params["layers"], x, rope_table(config, positions), attend, compute)
     return final_norm(config, params, x)
 
 

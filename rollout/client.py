@@ -25,6 +25,7 @@ from rollout.channel import grpc
 from rollout.ledger import Ledger
 from rollout.members import Lookup, Members, look_up
 from rollout.placement import Load, deal
+from rollout.pulse import Pulse
 from rollout.security import PLAIN, Security
 from rollout.stub import BridgeError, Stub, explain
 from rollout.types import SamplingParams, Task, Trajectory
@@ -41,18 +42,7 @@ class _Stream:
     stub: Stub
     tasks: list[Task]
     call: Any
-    heard: float = field(default_factory=time.monotonic)
-    progressed: float = field(default_factory=time.monotonic)
-    last: tuple[int, int] = (0, 0)
-
-    def note(self, event: pb.RolloutEvent, now: float) -> None:
-        """Called as an event arrives, whenever it is looked at."""
-        self.heard = now
-        counts = (event.progress.finished, event.progress.tokens)
-        if event.WhichOneof("event") != "progress" or counts != self.last:
-            self.progressed = now
-        if event.WhichOneof("event") == "progress":
-            self.last = counts
+    pulse: Pulse = field(default_factory=Pulse)
 
 
 class RolloutClient:
@@ -253,7 +243,7 @@ class _Batch:
         """Runs in a thread of its own: moves one call's events into the queue."""
         try:
             for event in stream.call:
-                stream.note(event, time.monotonic())
+                stream.pulse.note(event)
                 self._events.put((stream, event))
         except grpc.RpcError as error:
             self._events.put((stream, explain(stream.stub.address, error)))
@@ -320,16 +310,8 @@ class _Batch:
         self._place([task for stream in mine for task in stream.tasks], error)
 
     def _check_alive(self) -> None:
-        now = time.monotonic()
         for stream in list(self._streams):
-            silent, stalled = now - stream.heard, now - stream.progressed
+            why = stream.pulse.overdue(self._client.silence_timeout, self._client.stall_timeout)
             address = stream.stub.address
-            if stream not in self._streams:  # lost with another of the same service
-                continue
-            if silent > self._client.silence_timeout:
-                why = f"has been silent for {silent:.0f} s, heartbeat included"
-            elif stalled > self._client.stall_timeout:
-                why = f"has brought neither an episode nor a token for {stalled:.0f} s (bridge.stall_timeout)"
-            else:
-                continue
-            self._lose(stream.stub, BridgeError(address, f"rollout service {address} {why}"))
+            if why and stream in self._streams:  # not lost with another of the same service
+                self._lose(stream.stub, BridgeError(address, f"rollout service {address} {why}"))

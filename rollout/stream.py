@@ -24,6 +24,7 @@ from rollout import wire
 from rollout.channel import grpc
 from rollout.client import RolloutClient
 from rollout.placement import Load, deal
+from rollout.pulse import Pulse
 from rollout.stub import BridgeError, Stub, explain
 from rollout.types import SamplingParams, Task, Trajectory
 
@@ -52,30 +53,8 @@ class _Call:
     tasks: dict[str, Task]
     call: Any
     got: dict[str, dict[int, Trajectory]] = field(default_factory=dict)
-    heard: float = field(default_factory=time.monotonic)
-    progressed: float = field(default_factory=time.monotonic)
-    last: tuple[int, int] = (0, 0)
+    pulse: Pulse = field(default_factory=Pulse)
     stopping: bool = False
-
-    def note(self, event: pb.RolloutEvent, now: float) -> None:
-        """Called as an event arrives, whenever it is looked at."""
-        self.heard = now
-        counts = (event.progress.finished, event.progress.tokens)
-        if event.WhichOneof("event") != "progress" or counts != self.last:
-            self.progressed = now
-        if event.WhichOneof("event") == "progress":
-            self.last = counts
-
-    def overdue(self, silence: float, stall: float) -> str:
-        """Why this call counts as dead; empty as long as it does not."""
-        now = time.monotonic()
-        if now - self.heard > silence:
-            return f"has been silent for {now - self.heard:.0f} s, heartbeat included"
-        if now - self.progressed > stall:
-            return (
-                f"has brought neither an episode nor a token for {now - self.progressed:.0f} s (bridge.stall_timeout)"
-            )
-        return ""
 
 
 class GroupStream:
@@ -151,7 +130,7 @@ class GroupStream:
         """Runs in a thread of its own: moves one call's events into the queue."""
         try:
             for event in call.call:
-                call.note(event, time.monotonic())
+                call.pulse.note(event)
                 if event.WhichOneof("event") == "trajectory" or event.progress.stopping:
                     self._events.put((call, event))
         except grpc.RpcError as error:
@@ -219,7 +198,7 @@ class GroupStream:
 
     def _overdue(self) -> Unplayed | None:
         for call in self._calls:
-            why = call.overdue(self._client.silence_timeout, self._client.stall_timeout)
+            why = call.pulse.overdue(self._client.silence_timeout, self._client.stall_timeout)
             if why:
                 address = call.stub.address
                 return self._lose(call, BridgeError(address, f"rollout service {address} {why}"))

@@ -13,11 +13,11 @@ import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rollout.channel import split_address
 from rollout.engine.sglang_arguments import model_arguments
 from rollout.engine.sglang_runtime import require_sglang
+from rollout.engine.sglang_server import serve
 from rollout.errors import UserError
 from sqlrl_jax.config import Config
 from sqlrl_jax.config_file import override
@@ -51,7 +51,7 @@ def main(config: Config, request: Request) -> int:
     config = override(config, [("trainer.policy.model.path", str(folder))])
     arguments = {**model_arguments(config), "host": host, "port": port, "served_model_name": name}
     require_sglang(arguments)
-    return _serve(arguments | ({"api_key": key} if key else {}))
+    return serve(arguments | ({"api_key": key} if key else {}))
 
 
 def command(request: Request) -> list[str]:
@@ -107,21 +107,3 @@ def served_name(given: Path) -> str:
     """The folder's name, or that of the run where the folder is only its export."""
     path = given.absolute()
     return path.parent.name if path.name in ("export", "checkpoints") else path.name
-
-
-def _serve(arguments: dict[str, Any]) -> int:
-    from sglang.srt.entrypoints.http_server import launch_server
-    from sglang.srt.server_args import ServerArgs
-    from sglang.srt.utils import kill_process_tree
-
-    url = f"http://{arguments['host']}:{arguments['port']}/v1"
-
-    def ready() -> None:
-        print(f"serving {arguments['served_model_name']} ({arguments['model_path']}) at {url}", flush=True)
-        print(f'  python launch.py ask --server {url} --database FILE.sqlite "question"', flush=True)
-
-    try:
-        launch_server(ServerArgs(**arguments), launch_callback=ready)
-    finally:
-        kill_process_tree(os.getpid(), include_parent=False)
-    return 0

@@ -227,7 +227,7 @@ def whole_pushes(folder: Path, rounds: int) -> None:
     print(
         f"\nWhole pushes of {size / 1e9:.2f} GB in {DTYPE}, in turns with TCP copies; GB/s and, of both sides, CPU s/GB\n"
     )
-    print("| TCP copy | CPU | sent, checked | CPU | of TCP | applied too | pause, of the push | converted too |")
+    print("| TCP copy | CPU | sent, checked | CPU | of TCP | applied too | converted too | pause, of all that |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     me, other = os.getpid(), service.pid
     for number in range(rounds):
@@ -237,12 +237,12 @@ def whole_pushes(folder: Path, rounds: int) -> None:
         sent = pusher.push_weights(ready, 2 * number + 1)
         clocks.append(cpu_seconds(me, other))
         converted = pusher.push(params, 2 * number + 2)
-        staged, whole = sent["bridge/wire_seconds"], sent["bridge/push_seconds"]
+        staged, all_of_it = sent["bridge/wire_seconds"], converted["bridge/push_seconds"]
         copy_cpu, push_cpu = (clocks[i + 1] - clocks[i] for i in (0, 2))
         print(
             f"| {size / copy / 1e9:.2f} | {copy_cpu / size * 1e9:.2f} | {size / staged / 1e9:.2f} | "
-            f"{push_cpu / size * 1e9:.2f} | {copy / staged:.2f} | {size / whole / 1e9:.2f} | "
-            f"{sent['bridge/pause_seconds'] / whole:.0%} | {size / converted['bridge/push_seconds'] / 1e9:.2f} |",
+            f"{push_cpu / size * 1e9:.2f} | {copy / staged:.2f} | {size / sent['bridge/push_seconds'] / 1e9:.2f} | "
+            f"{size / all_of_it / 1e9:.2f} | {converted['bridge/pause_seconds'] / all_of_it:.0%} |",
             flush=True,
         )
     peer.close()

@@ -248,7 +248,7 @@ class ByteRange(_message.Message):
     def __init__(self, tensor: _Optional[int] = ..., slice: _Optional[int] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
 
 class PushState(_message.Message):
-    __slots__ = ("state", "push_id", "missing", "received_bytes", "pause_seconds", "delta", "held", "probe_mean", "probe_max", "probe_tokens")
+    __slots__ = ("state", "push_id", "missing", "received_bytes", "pause_seconds", "delta", "held", "probe_mean", "probe_max", "probe_tokens", "data_port", "ticket")
     STATE_FIELD_NUMBER: _ClassVar[int]
     PUSH_ID_FIELD_NUMBER: _ClassVar[int]
     MISSING_FIELD_NUMBER: _ClassVar[int]
@@ -259,6 +259,8 @@ class PushState(_message.Message):
     PROBE_MEAN_FIELD_NUMBER: _ClassVar[int]
     PROBE_MAX_FIELD_NUMBER: _ClassVar[int]
     PROBE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DATA_PORT_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
     state: State
     push_id: int
     missing: _containers.RepeatedCompositeFieldContainer[ByteRange]
@@ -269,7 +271,9 @@ class PushState(_message.Message):
     probe_mean: float
     probe_max: float
     probe_tokens: int
-    def __init__(self, state: _Optional[_Union[State, str]] = ..., push_id: _Optional[int] = ..., missing: _Optional[_Iterable[_Union[ByteRange, _Mapping]]] = ..., received_bytes: _Optional[int] = ..., pause_seconds: _Optional[float] = ..., delta: _Optional[bool] = ..., held: _Optional[_Union[WeightsKey, _Mapping]] = ..., probe_mean: _Optional[float] = ..., probe_max: _Optional[float] = ..., probe_tokens: _Optional[int] = ...) -> None: ...
+    data_port: int
+    ticket: bytes
+    def __init__(self, state: _Optional[_Union[State, str]] = ..., push_id: _Optional[int] = ..., missing: _Optional[_Iterable[_Union[ByteRange, _Mapping]]] = ..., received_bytes: _Optional[int] = ..., pause_seconds: _Optional[float] = ..., delta: _Optional[bool] = ..., held: _Optional[_Union[WeightsKey, _Mapping]] = ..., probe_mean: _Optional[float] = ..., probe_max: _Optional[float] = ..., probe_tokens: _Optional[int] = ..., data_port: _Optional[int] = ..., ticket: _Optional[bytes] = ...) -> None: ...
 
 class PushReply(_message.Message):
     __slots__ = ("frames", "bytes", "duplicates")
@@ -280,6 +284,16 @@ class PushReply(_message.Message):
     bytes: int
     duplicates: int
     def __init__(self, frames: _Optional[int] = ..., bytes: _Optional[int] = ..., duplicates: _Optional[int] = ...) -> None: ...
+
+class DataEnd(_message.Message):
+    __slots__ = ("reply", "code", "message")
+    REPLY_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    reply: PushReply
+    code: str
+    message: str
+    def __init__(self, reply: _Optional[_Union[PushReply, _Mapping]] = ..., code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class CommitRequest(_message.Message):
     __slots__ = ("weights", "phase", "probe")

@@ -1,30 +1,33 @@
 """Raw frames: how the bytes of weights travel.
 
-A frame is a fixed header and at most 1 MiB of payload. The checksum covers the payload and, as its seed, the header, so a
-flipped bit anywhere is found before a byte is stored. A slice (a learner device's rectangle of a tensor) is sent as DATA
-frames at byte offsets inside it, or as DELTA frames with the difference from what the service has there (delta.py), in any
-order, and one END frame with the checksum of the whole slice as it shall be. Pure functions; what may be written where is
-the receiver's business.
+A frame is a fixed header and at most 1 MiB of payload. The header carries the payload's checksum and its own, so a flipped
+bit anywhere is found before a byte is stored. A slice (a learner device's rectangle of a tensor) is sent as DATA frames at
+byte offsets inside it, or as DELTA frames with the difference from what the service has there (delta.py), in any order, and
+one END frame with the checksum of the whole slice as it shall be: that of its chunks' checksums, so no byte need be hashed
+twice. Pure functions; what may be written where is the receiver's business.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import xxhash
 
 from rollout import delta
 
 MAX_PAYLOAD = 1 << 20
+CHUNK = MAX_PAYLOAD
+"""Bytes of a slice that are hashed together, from its start."""
 DATA, END, DELTA = 0, 1, 2
-_LIMITS = {DATA: MAX_PAYLOAD, DELTA: MAX_PAYLOAD + delta.HEADER_BYTES}
+_LIMITS = {DATA: MAX_PAYLOAD, DELTA: MAX_PAYLOAD + delta.HEADER_BYTES, END: 0}
 
-# magic, kind, push id, tensor, slice, offset, length; then xxh3_64
-_HEADER = struct.Struct("<4sBxxxQIIQI")
+# magic, kind, push id, tensor, slice, offset, length, the payload's xxh3_64 (of END: the slice's); then the xxh3_64 of these
+_HEADER = struct.Struct("<4sBxxxQIIQIQ")
 _DIGEST = struct.Struct("<Q")
-_MAGIC = b"SQW1"
+_MAGIC = b"SQW2"
 HEADER_BYTES = _HEADER.size + _DIGEST.size
 
 
@@ -33,20 +36,34 @@ class FrameError(ValueError):
 
 
 @dataclass(frozen=True)
-class Frame:
-    """`offset` counts bytes inside the slice. An END frame carries the slice's length in `offset` and its digest."""
+class Head:
+    """What a frame's header says. `offset` counts bytes inside the slice; an END frame has the slice's length there."""
 
     push_id: int
     tensor: int
     slice: int
     offset: int
-    payload: memoryview
+    length: int
     kind: int = DATA
-    digest: int = 0  # of END: xxh3_64 of the whole slice
+    digest: int = 0
+    """xxh3_64 of the payload; of END: `checksum` of the whole slice."""
 
     @property
     def place(self) -> str:
         return f"push {self.push_id:016x}, tensor {self.tensor}, slice {self.slice}, offset {self.offset}"
+
+    def pack(self) -> bytes:
+        if not min(1, _LIMITS[self.kind]) <= self.length <= _LIMITS[self.kind]:
+            raise FrameError(f"{self.place}: a payload has 1 to {_LIMITS[self.kind]} bytes, not {self.length}")
+        fields = self.kind, self.push_id, self.tensor, self.slice, self.offset, self.length, self.digest
+        header = _HEADER.pack(_MAGIC, *fields)
+        return header + _DIGEST.pack(xxhash.xxh3_64_intdigest(header))
+
+
+@dataclass(frozen=True)
+class Frame:
+    head: Head
+    payload: memoryview
 
 
 def push_id(run: str, epoch: int, version: int) -> int:
@@ -54,51 +71,64 @@ def push_id(run: str, epoch: int, version: int) -> int:
     return xxhash.xxh3_64_intdigest(f"{epoch}/{version}/{run}".encode())
 
 
-def checksum(data: memoryview | bytes) -> int:
-    return xxhash.xxh3_64_intdigest(data)
+def checksum(data: memoryview | bytes | Any) -> int:
+    """Of a whole slice: the checksum of those of its chunks."""
+    view = memoryview(data)
+    return join(digest(view[start : start + CHUNK]) for start in range(0, view.nbytes, CHUNK))
+
+
+def digest(chunk: memoryview | bytes) -> int:
+    return xxhash.xxh3_64_intdigest(chunk)
+
+
+def join(digests: Iterable[int]) -> int:
+    """A slice's checksum from its chunks'."""
+    return xxhash.xxh3_64_intdigest(b"".join(_DIGEST.pack(one) for one in digests))
+
+
+def frame(push: int, tensor: int, slice_: int, offset: int, payload: memoryview, kind: int = DATA) -> Frame:
+    """A frame with bytes. Raises FrameError when there are too many or none."""
+    return Frame(Head(push, tensor, slice_, offset, payload.nbytes, kind, digest(payload)), payload)
+
+
+def end(push: int, tensor: int, slice_: int, size: int, checksum: int) -> Frame:
+    """The last frame of a slice of `size` bytes."""
+    return Frame(Head(push, tensor, slice_, size, 0, END, checksum), memoryview(b""))
 
 
 def encode(frame: Frame) -> bytes:
     """One frame as bytes. grpcio takes `bytes` only, so this is the one copy of a payload on the sender."""
-    payload = memoryview(_DIGEST.pack(frame.digest)) if frame.kind == END else frame.payload
-    if frame.kind != END and not 0 < payload.nbytes <= _LIMITS[frame.kind]:
-        raise FrameError(f"{frame.place}: a payload has 1 to {_LIMITS[frame.kind]} bytes, not {payload.nbytes}")
-    header = _HEADER.pack(_MAGIC, frame.kind, frame.push_id, frame.tensor, frame.slice, frame.offset, payload.nbytes)
-    return b"".join((header, _DIGEST.pack(_sum(header, payload)), payload))
+    return b"".join((frame.head.pack(), frame.payload))
 
 
 def decode(data: bytes) -> Frame:
     """Bytes → frame; the payload is a view into `data`. Raises FrameError saying what is wrong and where it belonged."""
     if len(data) < HEADER_BYTES:
         raise FrameError(f"frame of {len(data)} bytes: shorter than its header of {HEADER_BYTES}")
-    header, payload = data[: _HEADER.size], memoryview(data)[HEADER_BYTES:]
-    magic, kind, push, tensor, slice_, offset, length = _HEADER.unpack(header)
+    head, payload = read_head(data[:HEADER_BYTES]), memoryview(data)[HEADER_BYTES:]
+    if head.length != payload.nbytes:
+        raise FrameError(f"{head.place}: the header says {head.length} bytes of payload, {payload.nbytes} came")
+    return check(head, payload)
+
+
+def read_head(data: bytes) -> Head:
+    """The first HEADER_BYTES of a frame. Raises FrameError."""
+    magic, kind, push, tensor, slice_, offset, length, digest_ = _HEADER.unpack_from(data)
     if magic != _MAGIC:
         raise FrameError(f"not a frame of weights: it starts with {magic!r}, expected {_MAGIC!r}")
-    place = Frame(push, tensor, slice_, offset, payload).place
-    if length != payload.nbytes:
-        raise FrameError(f"{place}: the header says {length} bytes of payload, {payload.nbytes} came")
+    head = Head(push, tensor, slice_, offset, length, kind, digest_)
     (expected,) = _DIGEST.unpack_from(data, _HEADER.size)
-    found = _sum(header, payload)
-    if found != expected:
-        raise FrameError(f"{place}: corrupted, xxh3 is {found:016x}, the header says {expected:016x}")
-    if kind in _LIMITS and 0 < length <= _LIMITS[kind]:
-        return Frame(push, tensor, slice_, offset, payload, kind)
-    if kind == END and length == _DIGEST.size:
-        return Frame(push, tensor, slice_, offset, payload[:0], END, _DIGEST.unpack(payload)[0])
-    raise FrameError(f"{place}: kind {kind} with {length} bytes of payload is no frame")
+    if xxhash.xxh3_64_intdigest(data[: _HEADER.size]) != expected:
+        raise FrameError(f"{head.place}: corrupted, the header is not what it was")
+    if kind not in _LIMITS or not min(1, _LIMITS[kind]) <= length <= _LIMITS[kind]:
+        raise FrameError(f"{head.place}: kind {kind} with {length} bytes of payload is no frame")
+    return head
 
 
-def slice_frames(
-    push: int, tensor: int, slice_: int, data: memoryview, ranges: list[tuple[int, int]]
-) -> Iterator[bytes]:
-    """Encoded frames for `ranges` (offset, length) of a slice's bytes, and its END frame."""
-    for start, length in ranges:
-        for offset in range(start, start + length, MAX_PAYLOAD):
-            end = min(offset + MAX_PAYLOAD, start + length)
-            yield encode(Frame(push, tensor, slice_, offset, data[offset:end]))
-    yield encode(Frame(push, tensor, slice_, data.nbytes, data[:0], END, checksum(data)))
-
-
-def _sum(header: bytes, payload: memoryview) -> int:
-    return xxhash.xxh3_64_intdigest(payload, seed=xxhash.xxh3_64_intdigest(header))
+def check(head: Head, payload: memoryview) -> Frame:
+    """The frame that `head` and as many bytes as it says make. Raises FrameError."""
+    if head.kind != END:
+        found = digest(payload)
+        if found != head.digest:
+            raise FrameError(f"{head.place}: corrupted, xxh3 is {found:016x}, the header says {head.digest:016x}")
+    return Frame(head, payload)

@@ -11,18 +11,21 @@ The memory keeps the bytes of the weights that are live. A push of differences f
 and turns those bytes into the new ones at once, when all of it is there; the checksums are of the result. After anything
 that leaves the bytes in doubt, and for any other base, the push that is opened takes everything.
 
-No threads, no clock of its own, no gRPC: weight_calls.py drives it from one event loop, and lets `prepare`, which takes long,
-run in a thread while it holds other calls back; only `frame` may come in between.
+No threads, no clock of its own, no gRPC. Frames come from the threads of the data port, all else from weight_calls.py; a lock
+keeps them apart, but for `prepare`, which takes long: weight_calls.py holds other calls back meanwhile, and only `frame`
+may come in between.
 """
 
 from __future__ import annotations
 
 import enum
+import functools
 import itertools
 import math
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -30,6 +33,9 @@ from rollout import delta, frames
 from rollout.manifest import BadManifest, Refused, Slice, check_manifest, check_slices, whole
 from rollout.staging import Part, aligned, allocate, assemble, layout, tensor_bytes
 from rollout.types import TensorSpec
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class State(enum.IntEnum):
@@ -87,12 +93,22 @@ class Range:
     length: int
 
 
+def _one_at_a_time(method: Callable[Concatenate[Receiver, P], T]) -> Callable[Concatenate[Receiver, P], T]:
+    @functools.wraps(method)
+    def run(self: Receiver, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return run
+
+
 class Receiver:
     """Stages one push at a time. `specs` is the engine's own list; `clock` gives seconds."""
 
     def __init__(self, specs: Sequence[TensorSpec], clock: Callable[[], float], live: Key | None = None) -> None:
         self._specs = {spec.name: spec for spec in specs}
         self._memory: np.ndarray | None = None
+        self._lock = threading.RLock()
         self._clock = clock
         self.live = live
         self.staging: Key | None = None
@@ -107,6 +123,7 @@ class Receiver:
         self._lease = self._deadline = 0.0
 
     @property
+    @_one_at_a_time
     def state(self) -> State:
         self._expire()
         return self._state
@@ -116,6 +133,7 @@ class Receiver:
         return sum(tensor_bytes(spec) for spec in self._specs.values())
 
     @property
+    @_one_at_a_time
     def received_bytes(self) -> int:
         return sum(part.ranges.size for parts in self._parts for part in parts)
 
@@ -124,6 +142,7 @@ class Receiver:
         """Whether the open push takes differences from the base it was asked for, not everything."""
         return self.staging is not None and self._delta
 
+    @_one_at_a_time
     def begin(
         self,
         key: Key,
@@ -162,46 +181,45 @@ class Receiver:
         self._renew()
         return self.missing()
 
-    def frame(self, data: bytes) -> bool:
-        """Stages one frame; False when it had come before. Raises Corrupt, NotOpen, BadManifest."""
+    @_one_at_a_time
+    def frame(self, frame: frames.Frame) -> bool:
+        """Stages one intact frame; False when it had come before. Raises Corrupt, NotOpen, BadManifest."""
+        head = frame.head
         self._expire()
-        try:
-            frame = frames.decode(data)
-        except frames.FrameError as error:
-            raise Corrupt(str(error)) from None
-        if self.staging is None or frame.push_id != self.staging.push_id or self._state is State.APPLYING:
-            raise NotOpen(f"{frame.place}: this push is not open; call Begin again")
-        part, name = self._part(frame)
+        if self.staging is None or head.push_id != self.staging.push_id or self._state is State.APPLYING:
+            raise NotOpen(f"{head.place}: this push is not open; call Begin again")
+        part, name = self._part(head)
         self._renew()
-        end = frame.offset + (_covered(frame) if frame.kind == frames.DELTA else frame.payload.nbytes)
-        if end > part.view.nbytes or (frame.kind == frames.END and frame.offset != part.view.nbytes):
+        end = head.offset + (_covered(frame) if head.kind == frames.DELTA else head.length)
+        if end > part.view.nbytes or (head.kind == frames.END and head.offset != part.view.nbytes):
             raise BadManifest(
-                f"{frame.place}: tensor {name!r} has {part.view.nbytes} bytes in this slice, the frame ends at {end}"
+                f"{head.place}: tensor {name!r} has {part.view.nbytes} bytes in this slice, the frame ends at {end}"
             )
-        if frame.kind == frames.END:
-            known, part.digest = part.digest, frame.digest
-            return known != frame.digest
-        if (frame.kind == frames.DELTA) is not self._delta:
-            raise BadManifest(f"{frame.place}: this push takes {'differences' if self._delta else 'everything'}")
+        if head.kind == frames.END:
+            known, part.checksum = part.checksum, head.digest
+            return known != head.digest
+        if (head.kind == frames.DELTA) is not self._delta:
+            raise BadManifest(f"{head.place}: this push takes {'differences' if self._delta else 'everything'}")
         if self._delta:
-            known_bytes = part.ranges.holds(frame.offset, end)
-            if 0 < known_bytes < end - frame.offset:
-                raise BadManifest(f"{frame.place}: overlaps another difference of tensor {name!r}")
-        if not part.ranges.add(frame.offset, end):
+            known_bytes = part.ranges.holds(head.offset, end)
+            if 0 < known_bytes < end - head.offset:
+                raise BadManifest(f"{head.place}: overlaps another difference of tensor {name!r}")
+        if not part.ranges.add(head.offset, end):
             return False
         if self._delta:
-            part.deltas.append((frame.offset, frame.payload))
+            part.deltas.append((head.offset, frame.payload))
         else:
-            part.view[frame.offset : end] = np.frombuffer(frame.payload, np.uint8)
+            part.write(head.offset, frame.payload, head.digest)
         return True
 
+    @_one_at_a_time
     def missing(self) -> list[Range]:
-        """What the open push lacks. A slice that lacks only its digest shows an empty range at its end."""
+        """What the open push lacks. A slice that lacks only its checksum shows an empty range at its end."""
         out = []
         for t, parts in enumerate(self._parts):
             for s, part in enumerate(parts):
                 gaps = part.ranges.missing(part.view.nbytes)
-                if not gaps and part.digest is None:
+                if not gaps and part.checksum is None:
                     gaps = [(part.view.nbytes, 0)]
                 out += [Range(t, s, offset, length) for offset, length in gaps]
         return out
@@ -212,9 +230,16 @@ class Receiver:
         `run` is `map`, or that of a pool of threads. After differences that did not give what they should the next push
         takes everything.
         """
+        parts = self._to_check(key)
+        if parts is not None:
+            self._checked(key, [part for part, sound in zip(parts, run(Part.check, parts), strict=True) if not sound])
+
+    @_one_at_a_time
+    def _to_check(self, key: Key) -> list[Part] | None:
+        """Everything that is staged; None when that is done already."""
         self._expire()
         if self._is_live(key) or (self.staging == key and self._state in (State.COMPLETE, State.APPLYING)):
-            return
+            return None
         self._require_open(key)
         missing = self.missing()
         if missing:
@@ -225,8 +250,10 @@ class Receiver:
                 f"at offset {missing[0].offset}; Begin lists them"
             )
         self._deadline, self.held = math.inf, None
-        every = [part for parts in self._parts for part in parts]
-        broken = [part for part, sound in zip(every, run(Part.check, every), strict=True) if not sound]
+        return [part for parts in self._parts for part in parts]
+
+    @_one_at_a_time
+    def _checked(self, key: Key, broken: Sequence[Part]) -> None:
         self._renew()
         if broken:
             names = ", ".join(sorted({repr(self._manifest[part.tensor].name) for part in broken}))
@@ -239,6 +266,7 @@ class Receiver:
             raise Corrupt(f"{key}: the staged bytes of {names} do not have the sender's checksum; {again}")
         self._state = State.COMPLETE
 
+    @_one_at_a_time
     def start_apply(self, key: Key) -> dict[str, np.ndarray[Any, Any]] | None:
         """COMPLETE → APPLYING: the tensors to hand to the engine, or None when `key` is live already.
 
@@ -258,6 +286,7 @@ class Receiver:
         self._state, self.live = State.APPLYING, None
         return tensors
 
+    @_one_at_a_time
     def finish_apply(self, error: str = "") -> None:
         """APPLYING → LIVE, or QUARANTINED with the reason."""
         if self._state is not State.APPLYING:
@@ -266,6 +295,7 @@ class Receiver:
         self.quarantine = f"{self.staging} failed while it was applied: {error}" if error else ""
         self._drop()
 
+    @_one_at_a_time
     def abort(self, key: Key) -> None:
         """Drops `key`'s staged bytes, if that push is open. Raises Refused while it is being applied."""
         self._expire()
@@ -275,6 +305,7 @@ class Receiver:
             raise Refused(f"{key} is being applied and cannot be aborted any more")
         self._drop()
 
+    @_one_at_a_time
     def require_live(self, run: str, epoch: int, version: int, or_later: bool = False) -> Key:
         """The weights that generate now, if they are the ones asked for, or with `or_later` the same learner's of a later
         version; an empty `run` takes any owner's. Raises Refused."""
@@ -306,10 +337,10 @@ class Receiver:
         if self.staging != key:
             raise NotOpen(f"{key} is not the open push ({self.staging or 'none is open'}); call Begin again")
 
-    def _part(self, frame: frames.Frame) -> tuple[Part, str]:
-        if frame.tensor >= len(self._parts) or frame.slice >= len(self._parts[frame.tensor]):
-            raise BadManifest(f"{frame.place}: the manifest has no such slice")
-        return self._parts[frame.tensor][frame.slice], self._manifest[frame.tensor].name
+    def _part(self, head: frames.Head) -> tuple[Part, str]:
+        if head.tensor >= len(self._parts) or head.slice >= len(self._parts[head.tensor]):
+            raise BadManifest(f"{head.place}: the manifest has no such slice")
+        return self._parts[head.tensor][head.slice], self._manifest[head.tensor].name
 
     def _renew(self) -> None:
         self._deadline = self._clock() + self._lease
@@ -329,4 +360,4 @@ def _covered(frame: frames.Frame) -> int:
     try:
         return delta.covered(frame.payload)
     except delta.DeltaError as error:
-        raise Corrupt(f"{frame.place}: {error}") from None
+        raise Corrupt(f"{frame.head.place}: {error}") from None

@@ -41,6 +41,9 @@ class Security:
     authority: bytes = b""
     token: str = field(default="", repr=False)
     trusted_network: bool = False
+    server_tls: ssl.SSLContext | None = field(default=None, repr=False, compare=False)
+    """The same for sockets that are not gRPC's."""
+    client_tls: ssl.SSLContext | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def load(cls, bridge: BridgeConfig) -> Security:
@@ -49,17 +52,14 @@ class Security:
             raise UserError("bridge.tls_cert and bridge.tls_key belong together: a certificate and its key; set both")
         certificate, key = _read("bridge.tls_cert", bridge.tls_cert), _read("bridge.tls_key", bridge.tls_key)
         authority = _read("bridge.tls_ca", bridge.tls_ca)
-        _check_pair(bridge.tls_cert, bridge.tls_key)
-        if authority:
-            try:
-                ssl.create_default_context(cadata=authority.decode("ascii", "replace"))
-            except (ssl.SSLError, ValueError):
-                raise UserError(f"bridge.tls_ca {bridge.tls_ca}: this is no certificate in PEM form") from None
-        return cls(certificate, key, authority, _token(bridge.token_file), bridge.trusted_network)
+        server_tls = _context(ssl.PROTOCOL_TLS_SERVER, bridge) if certificate else None
+        client_tls = _context(ssl.PROTOCOL_TLS_CLIENT, bridge) if authority else None
+        token = _token(bridge.token_file)
+        return cls(certificate, key, authority, token, bridge.trusted_network, server_tls, client_tls)
 
     def on_loopback(self) -> Security:
         """What is used between a run and the services that it starts on its own machine: the token alone."""
-        return replace(self, certificate=b"", key=b"", authority=b"")
+        return replace(self, certificate=b"", key=b"", authority=b"", server_tls=None, client_tls=None)
 
     # The service's side.
 
@@ -177,15 +177,27 @@ def _read(setting: str, path: str) -> bytes:
         raise UserError(f"{setting} {path}: {error.strerror or error}") from None
 
 
-def _check_pair(certificate: str, key: str) -> None:
-    if not certificate:
-        return
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(Path(certificate).expanduser(), Path(key).expanduser(), password=lambda: b"")
-    except (ssl.SSLError, ValueError) as error:
-        what = "do not belong together" if "MISMATCH" in str(error) else "are no certificate and open key in PEM form"
-        raise UserError(f"bridge.tls_cert {certificate} and bridge.tls_key {key} {what}") from None
+def _context(protocol: int, bridge: BridgeConfig) -> ssl.SSLContext:
+    """One side's certificate and whom it trusts, both if there are any. Raises UserError naming the file."""
+    context = ssl.SSLContext(protocol)
+    if protocol == ssl.PROTOCOL_TLS_SERVER:
+        context.num_tickets = 0  # nothing is sent but answers, so that whoever can read has one
+    if bridge.tls_cert:
+        certificate, key = Path(bridge.tls_cert).expanduser(), Path(bridge.tls_key).expanduser()
+        try:
+            context.load_cert_chain(certificate, key, password=lambda: b"")
+        except (ssl.SSLError, ValueError) as error:
+            what = (
+                "do not belong together" if "MISMATCH" in str(error) else "are no certificate and open key in PEM form"
+            )
+            raise UserError(f"bridge.tls_cert {bridge.tls_cert} and bridge.tls_key {bridge.tls_key} {what}") from None
+    if bridge.tls_ca:
+        context.verify_mode = ssl.CERT_REQUIRED
+        try:
+            context.load_verify_locations(cadata=_read("bridge.tls_ca", bridge.tls_ca).decode("ascii", "replace"))
+        except (ssl.SSLError, ValueError):
+            raise UserError(f"bridge.tls_ca {bridge.tls_ca}: this is no certificate in PEM form") from None
+    return context
 
 
 def _token(path: str) -> str:

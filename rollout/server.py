@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from rollout import bridge_pb2 as pb
 from rollout import wire
-from rollout.channel import STOPPING, grpc
+from rollout.channel import STOPPING, grpc, split_address
+from rollout.data_port import DataPort
 from rollout.engine.base import Engine, EngineError
 from rollout.listener import Limits, listen_at
 from rollout.manifest import Refused, check_size
@@ -52,10 +53,15 @@ class RolloutService:
     """The bridge's methods around `engine`; `play` runs a batch of episodes on it."""
 
     def __init__(
-        self, engine: Engine, play: Player, limits: Limits = LIMITS, clock: Callable[[], float] = time.monotonic
+        self,
+        engine: Engine,
+        play: Player,
+        data_port: DataPort,
+        limits: Limits = LIMITS,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine, self._play, self._limits = engine, play, limits
-        self._weights = WeightCalls(engine, clock, self._end_jobs)
+        self._weights = WeightCalls(engine, data_port, clock, self._end_jobs)
         self._jobs: dict[asyncio.Task[object], str] = {}  # running batches → the run that asked
         self._tensors = len(engine.manifest())
         self._stopping = False
@@ -206,6 +212,7 @@ async def serve(
     security: Security = PLAIN,
     limits: Limits = LIMITS,
     drain_timeout: float = 20.0,
+    data_port: int = 0,
 ) -> None:
     """Serves until SIGTERM, Ctrl-C or, when supervised, until whoever holds the other end of standard input is gone.
 
@@ -226,7 +233,9 @@ async def serve(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
-    service = RolloutService(engine, play, limits)
+    security.require_allowed(listen)
+    data = DataPort(split_address(listen)[0], data_port, security)
+    service = RolloutService(engine, play, data, limits)
     listening = await listen_at(service.methods(), listen, security, limits)
     if supervised:
         threading.Thread(target=_watch_parent, args=(loop, stopping), name="parent", daemon=True).start()
@@ -238,6 +247,7 @@ async def serve(
     await stopping.wait()
     await listening.stop_serving()
     await service.drain(drain_timeout if signalled and not engine.failure else 0.0)
+    data.close()
     await listening.server.stop(grace=5.0)  # until the last have heard
 
 
@@ -269,6 +279,7 @@ def main(config: Config, port_file: str | None = None) -> int:
                 supervised=supervised,
                 security=security,
                 drain_timeout=bridge.drain_timeout,
+                data_port=bridge.data_port,
             )
         )
         failure = engine.failure

@@ -67,11 +67,21 @@ class Part:
     start: int  # its place in the memory
     view: np.ndarray  # its bytes there
     ranges: Ranges = field(default_factory=Ranges)
-    digest: int | None = None
+    checksum: int | None = None
+    digests: dict[int, int] = field(default_factory=dict)  # of chunks that came whole, by offset
     deltas: list[tuple[int, memoryview]] = field(default_factory=list)  # offset, difference; not applied yet
 
     def clear(self) -> None:
-        self.ranges, self.digest, self.deltas = Ranges(), None, []
+        self.ranges, self.checksum, self.digests, self.deltas = Ranges(), None, {}, []
+
+    def write(self, offset: int, payload: memoryview, digest: int) -> None:
+        """Puts bytes whose checksum is `digest` in their place."""
+        end = offset + payload.nbytes
+        self.view[offset:end] = np.frombuffer(payload, np.uint8)
+        for chunk in range(offset - offset % frames.CHUNK, end, frames.CHUNK):
+            self.digests.pop(chunk, None)
+            if chunk == offset and min(chunk + frames.CHUNK, self.view.nbytes) == end:
+                self.digests[chunk] = digest
 
     def check(self) -> bool:
         """Applies the differences; whether the bytes are then those that the learner has."""
@@ -80,7 +90,11 @@ class Part:
                 delta.apply(self.view[offset : offset + delta.covered(payload)], payload)
         except delta.DeltaError:
             return False
-        return frames.checksum(self.view.data) == self.digest
+        return frames.join(map(self._digest, range(0, self.view.nbytes, frames.CHUNK))) == self.checksum
+
+    def _digest(self, chunk: int) -> int:
+        known = self.digests.get(chunk)
+        return frames.digest(self.view[chunk : chunk + frames.CHUNK].data) if known is None else known
 
 
 def layout(memory: np.ndarray, manifest: Sequence[TensorSpec], cut: Sequence[Sequence[Slice]]) -> list[list[Part]]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
 from grpc_health.v1 import health_pb2
 
 from rollout import bridge_pb2 as pb
+from rollout import frames
 from rollout.channel import METHODS, STOPPING, Method, grpc, split_address
+from rollout.data_port import DataStream, Refusal
 from rollout.errors import InfrastructureError
 from rollout.security import PLAIN, Security, why_unsafe
 
@@ -26,6 +31,10 @@ TRANSIENT = frozenset(
         grpc.StatusCode.FAILED_PRECONDITION,
     }
 )
+
+ELSEWHERE_SECONDS = 300.0  # that weights go through gRPC after the data port has failed
+
+_log = logging.getLogger(__name__)
 
 
 class BridgeError(InfrastructureError):
@@ -51,11 +60,12 @@ class Stub:
     def __init__(self, address: str, security: Security = PLAIN, name: str = "") -> None:
         """`name` is the one that the service's certificate must be for, if not the address's host. Raises UserError."""
         split_address(address)
-        self.address, self._security = address, security
+        self.address, self._security, self._name = address, security, name
+        self._elsewhere_until = 0.0
         self.channel = security.channel(address, name)
         self.rollout = self._callable(METHODS["Rollout"])
         self.begin = self._callable(METHODS["Begin"])
-        self.push = self._callable(METHODS["Push"])
+        self._push = self._callable(METHODS["Push"])
         self.commit = self._callable(METHODS["Commit"])
         self.abort = self._callable(METHODS["Abort"])
         self._status = self._callable(METHODS["Status"])
@@ -77,6 +87,42 @@ class Stub:
             response_deserializer=method.reply.FromString if method.reply else None,
         )
         return _Call(call, self._security.metadata())
+
+    def push(self, state: pb.PushState, every: Iterator[frames.Frame], timeout: float) -> pb.PushReply:
+        """Sends the frames of the push that Begin answered with `state`: to the service's data port, or where that is not
+        reached through gRPC. Raises BridgeError."""
+        stream = self._data_stream(state, timeout)
+        try:
+            if stream is not None:
+                return stream.send(every)
+            reply: pb.PushReply = self._push(map(frames.encode, every), timeout=timeout)
+        except grpc.RpcError as error:
+            raise explain(self.address, error) from None
+        except Refusal as error:
+            code = grpc.StatusCode[error.code]
+            text = f"rollout service {self.address}: {error} ({error.code})"
+            raise BridgeError(self.address, text, transient=code in TRANSIENT) from None
+        except OSError as error:
+            self._elsewhere_until = time.monotonic() + ELSEWHERE_SECONDS
+            why = "nothing moved in time" if isinstance(error, (BlockingIOError, TimeoutError)) else error
+            raise BridgeError(
+                self.address, f"rollout service {self.address}: sending weights broke off: {why}"
+            ) from None
+        return reply
+
+    def _data_stream(self, state: pb.PushState, timeout: float) -> DataStream | None:
+        if not state.data_port or time.monotonic() < self._elsewhere_until:
+            return None
+        try:
+            return DataStream(split_address(self.address)[0], state, self._security, self._name, timeout)
+        except OSError as error:
+            self._elsewhere_until = time.monotonic() + ELSEWHERE_SECONDS
+            _log.warning(
+                "rollout service %s: its port %d for weights cannot be used (%s); they go through gRPC, more slowly; see "
+                "bridge.data_port in docs/bridge.md",
+                *(self.address, state.data_port, error),
+            )
+            return None
 
     def status(self, timeout: float = 10.0) -> pb.StatusReply:
         """Raises BridgeError."""

@@ -14,11 +14,12 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from rollout import bridge_pb2 as pb
-from rollout import wire
+from rollout import frames, wire
+from rollout.data_port import DataPort
 from rollout.engine.base import Engine, EngineError
 from rollout.manifest import Refused, Slice
 from rollout.probe import Gap, Probe, gap
-from rollout.receiver import Key, Range, Receiver
+from rollout.receiver import Corrupt, Key, Range, Receiver
 
 _log = logging.getLogger(__name__)
 _CHECKING_THREADS = 4
@@ -27,8 +28,10 @@ _CHECKING_THREADS = 4
 class WeightCalls:
     """`on_doubt` is called when the engine holds nobody knows what: its episodes must end."""
 
-    def __init__(self, engine: Engine, clock: Callable[[], float], on_doubt: Callable[[], None]) -> None:
-        self._engine, self._on_doubt = engine, on_doubt
+    def __init__(
+        self, engine: Engine, data_port: DataPort, clock: Callable[[], float], on_doubt: Callable[[], None]
+    ) -> None:
+        self._engine, self._data_port, self._on_doubt = engine, data_port, on_doubt
         live = Key("", 0, engine.version) if engine.version >= 0 else None  # weights that it was started with
         self.receiver = Receiver(engine.manifest(), clock, live)
         self.lock = asyncio.Lock()
@@ -38,6 +41,7 @@ class WeightCalls:
         self.sure.set()
         self._pool = ThreadPoolExecutor(min(_CHECKING_THREADS, os.cpu_count() or 1), thread_name_prefix="check")
         self._pause, self._gap = 0.0, Gap()
+        data_port.open(self.receiver.frame)
 
     async def begin(self, request: pb.BeginRequest) -> pb.PushState:
         weights, base = key_of(request.weights), key_of(request.base) if request.HasField("base") else None
@@ -46,12 +50,18 @@ class WeightCalls:
         receiver, lease = self.receiver, request.lease_seconds
         async with self.lock:
             missing = receiver.begin(weights, manifest, slices, lease, base)
-        return self._state(weights, missing)
+        state = self._state(weights, missing)
+        state.data_port, state.ticket = self._data_port.port, self._data_port.ticket(state.push_id)
+        return state
 
     async def push(self, requests: AsyncIterator[bytes]) -> pb.PushReply:
         reply = pb.PushReply()
         async for data in requests:
-            reply.duplicates += not self.receiver.frame(data)
+            try:
+                frame = frames.decode(data)
+            except frames.FrameError as error:
+                raise Corrupt(str(error)) from None
+            reply.duplicates += not self.receiver.frame(frame)
             reply.frames += 1
             reply.bytes += len(data)
         return reply

@@ -12,6 +12,9 @@ from sqlrl_jax.config_base import Section
 class BridgeConfig(Section):
     listen: str = "127.0.0.1:0"
     """Where `launch.py serve` listens; port 0 takes a free one. Others than loopback need TLS and a token or tls_ca."""
+    data_port: int = Field(0, ge=0, le=65535)
+    """Port of a service, beside that of `listen`, for the bytes of weights; 0 takes a free one. Where it is not reached
+    they go through `listen`'s, more slowly."""
     tls_cert: str = ""
     """PEM file of this side's certificate: a service with one speaks TLS, a learner shows it where asked."""
     tls_key: str = ""

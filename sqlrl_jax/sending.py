@@ -1,13 +1,12 @@
 """From the pieces of a push to frames on every service's stream, with bounded memory.
 
-Pieces are cut into chunks of a frame's size on a fixed grid. Threads encode, hash and frame a few chunks ahead; the frames
-then wait in short queues, one a service, so the slowest service sets the pace and nobody's frames pile up. A chunk is framed
-once for all services. One stream a service: several were measured to be no faster.
+Pieces are cut into chunks of a frame's size on a fixed grid. Threads encode, hash and frame a few chunks ahead; the frames,
+which are views of the pieces, then wait in short queues, one a service, so the slowest service sets the pace and nobody's
+frames pile up. A chunk is framed once for all services. One stream a service: several were measured to be no faster.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import queue
 import time
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,7 +24,7 @@ from rollout import delta, frames
 from rollout.stub import Stub
 from sqlrl_jax.buckets import Cut, Piece
 
-CHUNK = frames.MAX_PAYLOAD
+CHUNK = frames.CHUNK
 _QUEUE = 8  # frames of a service that wait
 _THREADS = 8
 _SAMPLE_BYTES = 8 << 20
@@ -110,15 +109,15 @@ def estimate(base: Base, pieces: Sequence[Piece], limit: int = _SAMPLE_BYTES) ->
 
 
 class Stream:
-    """One Push call. `state` is what Begin answered; only what it says is missing is sent."""
+    """What goes to one service, in a thread. `state` is what Begin answered; only what it says is missing is sent."""
 
-    def __init__(self, stub: Stub, state: pb.PushState, timeout: float) -> None:
+    def __init__(self, stub: Stub, state: pb.PushState, timeout: float, pool: ThreadPoolExecutor) -> None:
         self.stub, self.delta = stub, state.delta
         self._missing: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for gap in state.missing:
             self._missing.setdefault((gap.tensor, gap.slice), []).append((gap.offset, gap.offset + gap.length))
-        self._queue: queue.Queue[bytes | None] = queue.Queue(_QUEUE)
-        self._call = stub.push.future(iter(self._queue.get, None), timeout=timeout)
+        self._queue: queue.Queue[frames.Frame | None] = queue.Queue(_QUEUE)
+        self._sent = pool.submit(stub.push, state, iter(self._queue.get, None), timeout)
 
     def lacks(self, piece: Piece) -> bool:
         return (piece.tensor, piece.slice) in self._missing
@@ -127,9 +126,9 @@ class Stream:
         gaps = self._missing.get((spot.tensor, spot.slice), ())
         return any(start < spot.offset + CHUNK and end > spot.offset for start, end in gaps)
 
-    def put(self, frame: bytes) -> None:
-        """Waits while the queue is full; a call that has ended takes nothing any more."""
-        while not self._call.done():
+    def put(self, frame: frames.Frame | None) -> None:
+        """Waits while the queue is full; a transfer that has ended takes nothing any more. None ends it."""
+        while not self._sent.done():
             try:
                 self._queue.put(frame, timeout=0.1)
             except queue.Full:
@@ -137,17 +136,19 @@ class Stream:
             return
 
     def finish(self) -> int:
-        """Waits for the service to have everything; returns the bytes. Raises grpc.RpcError."""
-        while True:
-            try:
-                self._queue.put(None, timeout=0.1)
-                break
-            except queue.Full:
-                if self._call.done():  # nobody else takes from the queue any more
-                    with contextlib.suppress(queue.Empty):
-                        self._queue.get_nowait()
-        received: int = self._call.result().bytes
+        """Waits for the service to have everything; returns the bytes. Raises BridgeError."""
+        self.put(None)
+        received: int = self._sent.result().bytes
         return received
+
+
+class _Made(NamedTuple):
+    """A chunk's frames, of all of it and (True) of a difference; what the difference is, and what it took."""
+
+    kinds: dict[bool, frames.Frame]
+    payload: bytes | None
+    changed: int
+    seconds: float
 
 
 class Sender:
@@ -177,54 +178,46 @@ class Sender:
             if self._refill and self._base is not None:
                 yield partial(self._base.keep, piece), lambda _: None
             takers = [stream for stream in streams if stream.lacks(piece)]
+            digests: list[int] = []
             for offset in range(0, piece.data.nbytes, CHUNK):
                 spot = Spot(piece.tensor, piece.slice, offset)
-                wanting = [stream for stream in takers if stream.wants(spot)]
-                if wanting or self._encoded is not None:
-                    yield self._chunk(piece, spot, wanting)
+                if takers or self._encoded is not None:
+                    yield self._chunk(piece, spot, [stream for stream in takers if stream.wants(spot)], digests)
             if takers:
-                yield partial(self._end, piece), partial(_put, takers)
+                yield lambda: None, partial(self._end, piece, digests, takers)
 
-    def _chunk(self, piece: Piece, spot: Spot, wanting: Sequence[Stream]) -> _Job:
+    def _chunk(self, piece: Piece, spot: Spot, wanting: Sequence[Stream], digests: list[int]) -> _Job:
         data = piece.data[spot.offset : spot.offset + CHUNK]
-        kinds = {stream.delta for stream in wanting}
 
-        def work() -> tuple[dict[bool, bytes], bytes | None, int, float]:
+        def work() -> _Made:
             payload, changed, started = None, 0, time.thread_time()
             if self._encoded is not None and self._base is not None:
                 payload = self._encoded.payloads.get(spot)
                 if payload is None:
                     payload, changed = delta.encode(self._base.chunk(spot), data, piece.width)
-            seconds, out = time.thread_time() - started, {}
-            if payload is not None and True in kinds:
-                out[True] = self._frame(spot, memoryview(payload), frames.DELTA)
-            if False in kinds:
-                out[False] = self._frame(spot, data.data, frames.DATA)
-            return out, payload, changed, seconds
+            seconds = time.thread_time() - started
+            kinds = {False: self._frame(spot, data.data, frames.DATA)}
+            if payload is not None:
+                kinds[True] = self._frame(spot, memoryview(payload), frames.DELTA)
+            return _Made(kinds, payload, changed, seconds)
 
-        def done(result: tuple[dict[bool, bytes], bytes | None, int, float]) -> None:
-            out, payload, changed, seconds = result
-            if self._encoded is not None and payload is not None and spot not in self._encoded.payloads:
-                self._encoded.payloads[spot] = payload
-                self._encoded.changed += changed
+        def done(made: _Made) -> None:
+            digests.append(made.kinds[False].head.digest)
+            if self._encoded is not None and made.payload is not None and spot not in self._encoded.payloads:
+                self._encoded.payloads[spot] = made.payload
+                self._encoded.changed += made.changed
                 self._encoded.values += data.nbytes // piece.width
                 self._encoded.covered += data.nbytes
-                self._encoded.seconds += seconds
+                self._encoded.seconds += made.seconds
             for stream in wanting:
-                stream.put(out[stream.delta])
+                stream.put(made.kinds[stream.delta])
 
         return work, done
 
-    def _frame(self, spot: Spot, payload: memoryview, kind: int) -> bytes:
-        return frames.encode(frames.Frame(self._push, spot.tensor, spot.slice, spot.offset, payload, kind))
+    def _frame(self, spot: Spot, payload: memoryview, kind: int) -> frames.Frame:
+        return frames.frame(self._push, spot.tensor, spot.slice, spot.offset, payload, kind)
 
-    def _end(self, piece: Piece) -> bytes:
-        digest, size = frames.checksum(piece.data.data), piece.data.nbytes
-        return frames.encode(
-            frames.Frame(self._push, piece.tensor, piece.slice, size, memoryview(b""), frames.END, digest)
-        )
-
-
-def _put(takers: Sequence[Stream], frame: bytes) -> None:
-    for stream in takers:
-        stream.put(frame)
+    def _end(self, piece: Piece, digests: Sequence[int], takers: Sequence[Stream], _: None) -> None:
+        frame = frames.end(self._push, piece.tensor, piece.slice, piece.data.nbytes, frames.join(digests))
+        for stream in takers:
+            stream.put(frame)

@@ -172,14 +172,16 @@ class Pusher:
         push.on_delta = max(push.on_delta, sum(state.delta for _, state in begun))
         if problems or not any(self._world.gather("to send", any(bool(state.missing) for _, state in begun))):
             return problems
-        streams = [Stream(stub, state, self._timeout) for stub, state in begun if state.missing]
+        takers = [(stub, state) for stub, state in begun if state.missing]
         if self._base is not None and push.refill:
             self._base.start(push.weights.cuts)
         sender = Sender(begun[0][1].push_id, self._base, push.encoded, refill=push.refill)
-        try:
-            sender.send(push.weights.buckets(), streams)
-        finally:
-            sent, problems = self._each([(stream.stub, stream.finish) for stream in streams])
+        with ThreadPoolExecutor(max(1, len(takers)), thread_name_prefix="stream") as pool:
+            streams = [Stream(stub, state, self._timeout, pool) for stub, state in takers]
+            try:
+                sender.send(push.weights.buckets(), streams)
+            finally:
+                sent, problems = self._each([(stream.stub, stream.finish) for stream in streams])
         push.passed = True
         push.sent += sum(sent)
         return self._of_all("pushed", problems)
@@ -240,6 +242,8 @@ class Pusher:
                 return function()
             except grpc.RpcError as error:
                 problem = explain(stub.address, error)
+            except BridgeError as error:
+                problem = error
             alive = not problem.transient or stub.healthy(RETRY_SECONDS, wait=True)
             return _Problem(stub.address, str(problem), problem.transient, alive)
 

@@ -20,6 +20,7 @@ from rollout.supervisor import ServiceProcess
 from rollout.types import SamplingParams, Task, TensorSpec
 from sqlrl_jax.buckets import Cut, Piece, Weights
 from tests.integration.bridge_service import SPECS
+from tests.slices import slice_frames
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLING = SamplingParams(temperature=1.0, max_tokens=8)
@@ -93,14 +94,20 @@ def begin(
     return state
 
 
-def missing_frames(state: pb.PushState, arrays: list[np.ndarray]) -> list[bytes]:
+def missing_frames(state: pb.PushState, arrays: list[np.ndarray]) -> list[frames.Frame]:
     return [
         frame
         for gap in state.missing
-        for frame in frames.slice_frames(
+        for frame in slice_frames(
             state.push_id, gap.tensor, gap.slice, memoryview(arrays[gap.tensor].tobytes()), [(gap.offset, gap.length)]
         )
     ]
+
+
+def through_grpc(state: pb.PushState) -> pb.PushState:
+    """As if the data port were not reached."""
+    state.ClearField("data_port")
+    return state
 
 
 def commit(stub: Stub, weights_key: pb.WeightsKey, phase: int) -> pb.PushState:
@@ -111,6 +118,6 @@ def commit(stub: Stub, weights_key: pb.WeightsKey, phase: int) -> pb.PushState:
 
 def push(stub: Stub, weights_key: pb.WeightsKey, arrays: list[np.ndarray]) -> pb.PushState:
     state = begin(stub, weights_key)
-    stub.push(iter(missing_frames(state, arrays)), timeout=DEADLINE)
+    stub.push(state, iter(missing_frames(state, arrays)), DEADLINE)
     commit(stub, weights_key, pb.PREPARE)
     return commit(stub, weights_key, pb.APPLY)

@@ -227,9 +227,9 @@ import jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from rollout.manifest import Slice, check_slices
 from rollout.receiver import Key, Receiver
-from rollout import frames
 from rollout.types import TensorSpec
 from sqlrl_jax.buckets import cut_of, pieces
+from tests.slices import slice_frames
 
 mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"))
 key, total = Key("r", 1, 1), 0
@@ -244,7 +244,7 @@ for shape, axes in itertools.product([(8, 6), (4, 2, 10)], [P(), P("fsdp"), P(No
     receiver = Receiver([spec], lambda: 0.0)
     missing = receiver.begin(key, [spec], [slices], 10)
     for r in missing:
-        for frame in frames.slice_frames(key.push_id, 0, r.slice, owned[r.slice].data, [(r.offset, r.length)]):
+        for frame in slice_frames(key.push_id, 0, r.slice, owned[r.slice].data, [(r.offset, r.length)]):
             receiver.frame(frame)
     receiver.prepare(key)
     assert np.array_equal(receiver.start_apply(key)["w"], np.asarray(array))

@@ -21,13 +21,14 @@ from bridge_helpers import (
     push,
     service,
     tasks,
+    through_grpc,
     wait_until,
     weights,
 )
 
 from rollout import bridge_pb2 as pb
 from rollout import frames
-from rollout.channel import grpc
+from rollout.channel import METHODS, grpc
 from rollout.client import RolloutClient
 from rollout.stub import BridgeError, Stub, explain
 from rollout.supervisor import ServiceError, ServiceProcess
@@ -189,7 +190,7 @@ def test_a_learner_killed_in_mid_push_goes_on_where_it_was(start):
         "import sys, time; from tests.integration.bridge_helpers import *\n"
         "stub = Stub(sys.argv[1]); state = begin(stub, key(1)); sent = missing_frames(state, weights(5))[:1]\n"
         "def slowly():\n    yield from sent\n    time.sleep(600)\n"
-        "stub.push(slowly(), timeout=600)"
+        "stub.push(state, slowly(), 600)"
     )
     learner = subprocess.Popen([sys.executable, "-c", script, process.address], cwd=ROOT)
     with Stub(process.address) as stub:
@@ -204,28 +205,33 @@ def test_a_learner_killed_in_mid_push_goes_on_where_it_was(start):
             (1, 0, 28),
         ]
         assert stub.status().live == pb.WeightsKey(version=0)  # it generates with the old weights meanwhile
-        stub.push(iter(missing_frames(state, weights(5))), timeout=DEADLINE)
+        stub.push(state, iter(missing_frames(state, weights(5))), DEADLINE)
         commit(stub, key(1), pb.PREPARE)
         assert commit(stub, key(1), pb.APPLY).state == pb.LIVE
         assert stub.status().stats["level"] == pytest.approx(level(weights(5)), rel=1e-5)
 
 
-def test_a_corrupted_frame_is_refused_by_name_and_sent_again(start):
+@pytest.mark.parametrize("way", [lambda state: state, through_grpc], ids=["data port", "gRPC"])
+def test_a_corrupted_frame_is_refused_by_name_and_sent_again(start, way):
     process = start()
     arrays = weights()
     with Stub(process.address) as stub:
-        state = begin(stub, key(1))
+        state = way(begin(stub, key(1)))
         good = missing_frames(state, arrays)
-        bad = bytearray(good[1])
-        bad[100] ^= 1
-        with pytest.raises(grpc.RpcError) as caught:
-            stub.push(iter([good[0], bytes(bad), *good[2:]]), timeout=DEADLINE)
-        assert caught.value.code() is grpc.StatusCode.DATA_LOSS
-        assert f"push {state.push_id:016x}, tensor 0, slice 0, offset 1048576: corrupted" in caught.value.details()
+        flipped = bytearray(good[1].payload)
+        flipped[100] ^= 1
+        bad = frames.Frame(good[1].head, memoryview(flipped))
+        with pytest.raises(BridgeError, match=r"\(DATA_LOSS\)") as caught:
+            stub.push(state, iter([good[0], bad, *good[2:]]), DEADLINE)
+        assert f"push {state.push_id:016x}, tensor 0, slice 0, offset 1048576: corrupted" in str(caught.value)
+        assert caught.value.transient
         with pytest.raises(grpc.RpcError, match="not complete"):
             commit(stub, key(1), pb.PREPARE)
-        assert explain("x", caught.value).transient
-        assert push(stub, key(1), arrays).state == pb.LIVE
+        missing = way(begin(stub, key(1)))
+        assert (missing.missing[0].tensor, missing.missing[0].offset) == (0, 1 << 20), "what was sound is kept"
+        assert stub.push(missing, iter(missing_frames(missing, arrays)), DEADLINE).duplicates == 0
+        commit(stub, key(1), pb.PREPARE)
+        assert commit(stub, key(1), pb.APPLY).state == pb.LIVE
 
 
 def test_a_stale_learner_cannot_push(start):
@@ -302,13 +308,15 @@ def test_random_bytes_and_half_open_connections_do_no_harm(start):
             except OSError:
                 continue  # the server may hang up on rubbish before it has read all of it
     client = RolloutClient([process.address])
-    with pytest.raises(grpc.RpcError, match="shorter than its header"):
-        client.stubs[0].push(iter([b"rubbish"]), timeout=DEADLINE)
-    with pytest.raises(grpc.RpcError, match="not a frame of weights"):
-        client.stubs[0].push(iter([rng.bytes(4096)]), timeout=DEADLINE)
-    unknown = frames.encode(frames.Frame(1, 0, 0, 0, memoryview(b"x")))
-    with pytest.raises(grpc.RpcError, match="this push is not open"):
-        client.stubs[0].push(iter([unknown]), timeout=DEADLINE)
+    push = client.stubs[0].channel.stream_unary(METHODS["Push"].path)
+    unknown = frames.encode(frames.frame(1, 0, 0, 0, memoryview(b"x")))
+    for data, said in (
+        (b"rubbish", "shorter than its header"),
+        (rng.bytes(4096), "not a frame of weights"),
+        (unknown, "this push is not open"),
+    ):
+        with pytest.raises(grpc.RpcError, match=said):
+            push(iter([data]), timeout=DEADLINE)
     assert len(play(client, tasks(3))) == 12
     client.close()
     for connection in half_open:

@@ -10,7 +10,7 @@ import pytest
 
 from rollout import bridge_pb2 as pb
 from rollout import frames, wire
-from rollout.channel import SERVICE, grpc
+from rollout.channel import METHODS, SERVICE, grpc
 from rollout.client import RolloutClient
 from rollout.stub import Stub
 from tests.integration.bridge_helpers import DEADLINE, SAMPLING, begin, key, service, tasks, wait_until
@@ -144,9 +144,10 @@ def test_random_bytes_before_and_after_the_handshake(connect):
 def test_a_push_that_breaks_off_in_the_middle_of_a_frame(address):
     with Stub(address) as stub:
         state = begin(stub, key(1))
-        whole = frames.encode(frames.Frame(state.push_id, 0, 0, 0, memoryview(bytes(1000))))
+        whole = frames.encode(frames.frame(state.push_id, 0, 0, 0, memoryview(bytes(1000))))
+        push = stub.channel.stream_unary(METHODS["Push"].path)
         for cut in (1, 20, len(whole) - 1):
-            assert code_of(stub.push, iter([whole[:cut]]))[0] is grpc.StatusCode.DATA_LOSS
+            assert code_of(push, iter([whole[:cut]]))[0] is grpc.StatusCode.DATA_LOSS
         assert stub.status().received_bytes == 0
         stub.abort(pb.AbortRequest(weights=key(1)), timeout=DEADLINE)
 

@@ -188,27 +188,27 @@ class Tampering:
     def __init__(self, push, tamper):
         self.push, self.tamper = push, tamper
 
-    def future(self, stream, timeout):
+    def __call__(self, state, every, timeout):
         def through():
-            for frame in stream:
-                if self.tamper is not None and frames.decode(frame).kind == frames.DELTA:
+            for frame in every:
+                if self.tamper is not None and frame.head.kind == frames.DELTA:
                     frame, self.tamper = self.tamper(frame), None
                 yield frame
 
-        return self.push.future(through(), timeout=timeout)
+        return self.push(state, through(), timeout)
 
 
-def flip_a_bit(data):
-    return data[:-1] + bytes([data[-1] ^ 1])
+def flip_a_bit(frame):
+    payload = bytearray(frame.payload)
+    payload[-1] ^= 1
+    return frames.Frame(frame.head, memoryview(payload))
 
 
-def say_something_else(data):
-    frame = frames.decode(data)
-    rng = np.random.default_rng(0)
+def say_something_else(frame):
+    rng, head = np.random.default_rng(0), frame.head
     size = delta.covered(frame.payload)
     payload, _ = delta.encode(rng.integers(0, 9, size, np.uint8), rng.integers(0, 9, size, np.uint8), 4)
-    wrong = frames.Frame(frame.push_id, frame.tensor, frame.slice, frame.offset, memoryview(payload), frames.DELTA)
-    return frames.encode(wrong)
+    return frames.frame(head.push_id, head.tensor, head.slice, head.offset, memoryview(payload), frames.DELTA)
 
 
 @pytest.mark.parametrize(("tamper", "on_delta"), [(flip_a_bit, True), (say_something_else, False)])

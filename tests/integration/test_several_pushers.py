@@ -1,5 +1,6 @@
 """Weights of which two learner processes own parts, pushed to one real service. The processes are threads here."""
 
+import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rollout import bridge_pb2 as pb
+from rollout import frames
 from rollout.client import RolloutClient
 from rollout.supervisor import ServiceProcess
 from sqlrl_jax.buckets import Cut, Piece, Weights
@@ -112,13 +115,13 @@ def test_a_broken_transfer_of_one_is_mended_by_the_next_attempt(process, pushers
     stub = pushers[1]._client.stubs[0]
     whole, breaks = stub.push, [True]
 
-    class Breaking:
+    def breaking(state: pb.PushState, every: Iterator[frames.Frame], timeout: float) -> pb.PushReply:
         """Refused as corrupt once, which is transient."""
+        first = next(every)
+        wrong = frames.Frame(first.head, memoryview(bytes(first.head.length)))
+        return whole(state, iter([wrong]) if breaks and breaks.pop() else itertools.chain([first], every), timeout)
 
-        def future(self, stream: Any, timeout: float) -> Any:
-            return whole.future(iter([b"rubbish"]) if breaks and breaks.pop() else stream, timeout=timeout)
-
-    stub.push = Breaking()
+    stub.push = breaking
     arrays = weights(2)
     size = sum(array.nbytes for array in arrays)
     assert size < sent(push(pushers, 1, arrays)) < size * 1.01, "what process 0 had sent was not sent twice"

@@ -25,6 +25,7 @@ from rollout.types import SamplingParams
 from sqlrl_jax.config import DemoConfig
 from sqlrl_jax.data.demo.generate import ensure
 from sqlrl_jax.data.tasks import read_tasks
+from tests.slices import slice_frames
 
 pytestmark = MARKS
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,11 +101,10 @@ def push(stub, folder, key, base=None, old=None, probe=None) -> pb.PushState:
         new, had = (data[specs[gap.tensor].name].reshape(-1).view(np.uint8) for data in (values, before))
         if state.delta:
             payload = memoryview(delta.encode(had, new, 4)[0])
-            frame = frames.Frame(state.push_id, gap.tensor, gap.slice, 0, payload, frames.DELTA)
-            stream.append(frames.encode(frame))
+            stream.append(frames.frame(state.push_id, gap.tensor, gap.slice, 0, payload, frames.DELTA))
         ranges = [] if state.delta else [(gap.offset, gap.length)]
-        stream += frames.slice_frames(state.push_id, gap.tensor, gap.slice, new.data, ranges)
-    sent = stub.push(iter(stream), timeout=SECONDS).bytes
+        stream += slice_frames(state.push_id, gap.tensor, gap.slice, new.data, ranges)
+    sent = stub.push(state, iter(stream), SECONDS).bytes
     for phase in ("PREPARE", "APPLY"):
         commit = pb.CommitRequest(weights=key, phase=phase, probe=probe if phase == "APPLY" else None)
         state = stub.commit(commit, timeout=SECONDS)

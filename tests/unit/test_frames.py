@@ -1,18 +1,21 @@
 """The raw frame codec and the set of byte ranges, against slow and obvious versions."""
 
+import struct
+
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rollout import frames
-from rollout.frames import Frame, FrameError
+from rollout.frames import FrameError
 from rollout.staging import Ranges
 
 u32, u64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
 
 
 def build(push, tensor, part, offset, payload):
-    return Frame(push, tensor, part, offset, memoryview(payload))
+    return frames.frame(push, tensor, part, offset, memoryview(payload))
 
 
 @given(u64, u32, u32, u64, st.binary(min_size=1, max_size=300))
@@ -23,7 +26,7 @@ def test_data_frame_round_trip(push, tensor, part, offset, payload):
 
 @given(u64, u32, u32, u64, u64)
 def test_end_frame_round_trip(push, tensor, part, size, digest):
-    frame = Frame(push, tensor, part, size, memoryview(b""), frames.END, digest)
+    frame = frames.end(push, tensor, part, size, digest)
     assert frames.decode(frames.encode(frame)) == frame
 
 
@@ -63,17 +66,21 @@ def test_payload_bounds():
             frames.encode(build(1, 0, 0, 0, payload))
 
 
-@given(st.integers(0, 3 * 10), st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=3))
-def test_slice_frames_carry_exactly_the_ranges(size, wanted):
-    data = bytes(range(size))
-    ranges = [(a % (size + 1), min(b, size - a % (size + 1))) for a, b in wanted]
+@given(st.binary(max_size=40))
+def test_a_slice_s_checksum_is_that_of_its_chunks_checksums(data):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(frames, "MAX_PAYLOAD", 4)
-        decoded = [frames.decode(f) for f in frames.slice_frames(9, 1, 0, memoryview(data), ranges)]
-    sent = [i for f in decoded[:-1] for i in range(f.offset, f.offset + f.payload.nbytes)]
-    assert sent == [i for offset, length in ranges for i in range(offset, offset + length)]
-    assert all(bytes(f.payload) == data[f.offset : f.offset + f.payload.nbytes] for f in decoded[:-1])
-    assert (decoded[-1].kind, decoded[-1].offset, decoded[-1].digest) == (frames.END, size, frames.checksum(data))
+        patch.setattr(frames, "CHUNK", 8)
+        chunks = [xxhash.xxh3_64_intdigest(data[start : start + 8]) for start in range(0, len(data), 8)]
+        assert frames.checksum(data) == frames.join(chunks)
+    assert frames.join(chunks) == xxhash.xxh3_64_intdigest(struct.pack(f"<{len(chunks)}Q", *chunks))
+
+
+def test_a_header_says_what_comes():
+    head = frames.read_head(build(1, 2, 3, 4, b"weights").head.pack())
+    assert (head.push_id, head.tensor, head.slice, head.offset, head.length, head.kind) == (1, 2, 3, 4, 7, frames.DATA)
+    assert frames.check(head, memoryview(b"weights")).payload == b"weights"
+    with pytest.raises(FrameError, match="corrupted, xxh3"):
+        frames.check(head, memoryview(b"weighty"))
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 12)), max_size=20))

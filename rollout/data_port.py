@@ -68,8 +68,10 @@ class DataPort:
         self._secret = os.urandom(32)
         self._room = threading.BoundedSemaphore(self._limits.connections)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        both = host == "::" and socket.has_dualstack_ipv6()  # as gRPC does
         try:
-            self._listener = socket.create_server((host, port), family=family, backlog=self._limits.connections)
+            backlog = self._limits.connections
+            self._listener = socket.create_server((host, port), family=family, backlog=backlog, dualstack_ipv6=both)
         except OSError as error:
             raise UserError(f"bridge.data_port {port} at {host}: {error.strerror or error}") from None
         self.port: int = self._listener.getsockname()[1]

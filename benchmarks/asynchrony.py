@@ -1,11 +1,12 @@
 """What asynchronous training gains: the quickstart's task with the learner on one core and the rollout service on another.
 
-    python benchmarks/asynchrony.py --steps 24 --out runs/asynchrony
-    python benchmarks/asynchrony.py --simulate runs/asynchrony/0
+    python benchmarks/asynchrony.py --steps 32 --seeds 0 1 2 --out runs/asynchrony
+    python benchmarks/asynchrony.py --simulate runs/asynchrony/0-0
 
-The first prints wall-clock, idle shares and accuracy of synchronous, one-step-off and asynchronous runs; all have the same
-steps, and an update that costs about what its episodes do (update_epochs_per_batch). The second takes the lengths of a run's
-episodes and prints, from the simulation in idle_simulation.py, how the idle shares go with the number of services.
+The first prints wall-clock, idle shares and accuracy of synchronous, one-step-off and asynchronous runs. All have the same
+steps, and play few enough episodes at one time (ROLLOUT) that they cost about what the update does. Times are those of the
+first seed, accuracies of all. A run that is there is not repeated. The second takes the lengths of a run's episodes and
+prints, from the simulation in idle_simulation.py, how the idle shares go with the number of services.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ SETTINGS = [
     "trainer.ckpt_interval=0",
     "trainer.keep_best_ckpt=false",
 ]
+ROLLOUT = ["generator.inference_engine.max_sequences=16"]
 WARM = 4
 """Steps left out of the times: what they compile the others find compiled."""
 
@@ -41,13 +43,14 @@ def pinned(core: int, *command: str) -> list[str]:
     return ["taskset", "--cpu-list", str(core), sys.executable, str(ROOT / "launch.py"), *command]
 
 
-def run(staleness: int, out: Path, settings: list[str]) -> list[dict[str, Any]]:
+def run(staleness: int, seed: int, out: Path, settings: list[str]) -> list[dict[str, Any]]:
     """The metrics of one run, which is made unless it is there."""
-    folder = out / str(staleness)
+    folder = out / f"{staleness}-{seed}"
     if not (folder / "report.html").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        config = ["--config", str(ROOT / "configs/quickstart.yaml"), *SETTINGS, f"trainer.max_staleness={staleness}"]
-        service = ServiceProcess(pinned(1, "serve", *config, *settings), out / f"service{staleness}.log")
+        varied = [f"trainer.max_staleness={staleness}", f"trainer.seed={seed}"]
+        config = ["--config", str(ROOT / "configs/quickstart.yaml"), *SETTINGS, *ROLLOUT, *varied]
+        service = ServiceProcess(pinned(1, "serve", *config, *settings), out / f"service{staleness}-{seed}.log")
         try:
             address = service.start()
             more = [f"trainer.run_dir={folder}", f"generator.services=[{address}]", *settings]
@@ -57,10 +60,12 @@ def run(staleness: int, out: Path, settings: list[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def row(staleness: int, metrics: list[dict[str, Any]], reference: float) -> tuple[str, float]:
-    """A line of the table and the mean seconds of a step."""
-    steps = [m for m in metrics if m["kind"] == "train"][WARM:]
-    evaluation = [m for m in metrics if m["kind"] == "eval" and m["max_turns"] > 1][-1]
+def row(staleness: int, seeds: list[list[dict[str, Any]]], reference: float) -> tuple[str, float]:
+    """A line of the table and the mean seconds of a step, from the metrics of runs with several seeds."""
+    every = [[m for m in metrics if m["kind"] == "train"] for metrics in seeds]
+    steps = every[0][WARM:]
+    accuracy = [[m for m in ms if m["kind"] == "eval" and m["max_turns"] > 1][-1]["eval/all/avg_score"] for ms in seeds]
+    reward = mean(m["reward/avg_raw_reward"] for train in every for m in train[-5:])
     seconds = mean(m["timing/step"] for m in steps)
 
     def average(name: str) -> float:
@@ -68,28 +73,28 @@ def row(staleness: int, metrics: list[dict[str, Any]], reference: float) -> tupl
 
     cells = [
         NAMES.get(staleness, f"up to {staleness} steps off"),
+        f"{average('timing/update'):.2f} s",
         f"{seconds:.2f} s",
         f"{seconds / (reference or seconds):.2f}",
         f"{average('async/learner_idle'):.0%}",
         f"{average('async/rollout_idle'):.0%}",
         f"{average('async/staleness_mean'):.2f}",
         f"{sum(m.get('async/staleness_dropped', 0) for m in steps):.0f}",
-        f"{mean(m['reward/avg_raw_reward'] for m in steps[-5:]):.2f}",
-        f"{evaluation['eval/all/avg_score']:.1%}",
+        f"{reward:.2f}",
+        f"{100 * mean(accuracy):.1f} ({100 * min(accuracy):.0f}–{100 * max(accuracy):.0f})",
     ]
     return "| " + " | ".join(cells) + " |", seconds
 
 
-def compare(versions: list[int], out: Path, settings: list[str]) -> None:
+def compare(versions: list[int], seeds: list[int], out: Path, settings: list[str]) -> None:
     lines, reference = [], 0.0
     for staleness in versions:
-        line, seconds = row(staleness, run(staleness, out, settings), reference)
+        line, seconds = row(staleness, [run(staleness, seed, out, settings) for seed in seeds], reference)
         reference = reference or seconds
         lines.append(line)
-    print(
-        "| training | a step | of synchronous | learner idle | rollout idle | versions behind | dropped | reward | after |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| training | its update | a step | of synchronous | learner idle | rollout idle | ", end="")
+    print("versions behind | dropped | reward | accuracy after, % |")
+    print("|---" * 10 + "|")
     print("\n".join(lines))
 
 
@@ -116,7 +121,8 @@ def table(tokens: list[float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1, 4])
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, default=Path("runs/asynchrony"))
     parser.add_argument("--simulate", type=Path, metavar="RUN_DIR")
     parser.add_argument("settings", nargs="*", metavar="key=value")
@@ -127,7 +133,7 @@ def main() -> None:
         config = ["--config", "configs/quickstart.yaml", *args.settings]
         subprocess.run([sys.executable, "launch.py", "demo", *config], cwd=ROOT, check=True)
         args.out.mkdir(parents=True, exist_ok=True)
-        compare(args.staleness, args.out.absolute(), [f"trainer.max_steps={args.steps}", *args.settings])
+        compare(args.staleness, args.seeds, args.out.absolute(), [f"trainer.max_steps={args.steps}", *args.settings])
 
 
 if __name__ == "__main__":

@@ -185,7 +185,10 @@ def test_processes_agree_on_who_is_there(shared):
     assert [run.pushed for run in runs] == [[], []]
     services[1]._command += ["--listen", victim]
     assert services[1].restart() == victim  # by whoever started it
+    # Process 0 says who is there: two that looked for themselves could find different ones, and divide a batch differently.
+    runs[1].fleet.client.members.look = lambda **how: pytest.fail("process 0 looks for all")
     assert in_both(lambda run: play(run.fleet)) == [expected, expected]
+    assert [run.fleet.client.addresses for run in runs] == [[services[i].address for i in (0, 2, 1)]] * 2
     assert [run.pushed for run in runs] == [[3], [3]]
 
 

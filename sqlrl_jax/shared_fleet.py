@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rollout.client import RolloutClient
 from rollout.errors import UserError
@@ -78,40 +80,13 @@ class SharedFleet(Fleet):
     ) -> list[Trajectory]:
         """As Fleet.rollout; `on_trajectory` sees this process's episodes alone. Raises Stopped in all processes if it does
         in one."""
+        asking: dict[str, Any] = {"version": version, "seed": seed, "max_turns": max_turns}
         got: dict[tuple[str, int], Trajectory] = {}
-
-        def play(asked: Sequence[Task]) -> Answer:
-            answer = Answer()
-
-            def take(episode: Trajectory) -> None:
-                answer.episodes.append(episode)
-                on_trajectory(episode)
-
-            def lose(address: str, error: BridgeError) -> None:
-                answer.lost.append((address, str(error), error.stopping))
-
-            try:
-                self.client.rollout(
-                    asked,
-                    samples,
-                    sampling,
-                    version=version,
-                    seed=seed,
-                    max_turns=max_turns,
-                    on_trajectory=take,
-                    on_lost=lose,
-                )
-            except Stopped as stopped:
-                answer.stop = str(stopped)
-            except BridgeError as error:
-                if not error.transient:
-                    raise
-            return answer
-
         self.begin_batch()
         todo = tasks
         while todo:
-            answers = [Answer.unpack(data) for data in self._world.exchange("episodes", play(self.share(todo)).pack())]
+            heard = _heard(partial(self.client.rollout, self.share(todo), samples, sampling, **asking), on_trajectory)
+            answers = [Answer.unpack(data) for data in self._world.exchange("episodes", heard.pack())]
             stop = next((answer.stop for answer in answers if answer.stop), "")
             if stop:
                 raise Stopped(stop)
@@ -174,6 +149,27 @@ class SharedFleet(Fleet):
             if late and not mending:
                 raise self._nobody_came(error)
             time.sleep(AGAIN_SECONDS)
+
+
+def _heard(ask: Callable[..., object], on_trajectory: Callable[[Trajectory], None]) -> Answer:
+    """What came of asking one's own services, whatever that was but a mistake of ours."""
+    answer = Answer()
+
+    def take(episode: Trajectory) -> None:
+        answer.episodes.append(episode)
+        on_trajectory(episode)
+
+    def lose(address: str, error: BridgeError) -> None:
+        answer.lost.append((address, str(error), error.stopping))
+
+    try:
+        ask(on_trajectory=take, on_lost=lose)
+    except Stopped as stopped:
+        answer.stop = str(stopped)
+    except BridgeError as error:
+        if not error.transient:
+            raise
+    return answer
 
 
 def open_fleet(world: World, config: Config, folder: Path, say: Callable[[str], None]) -> Fleet:

@@ -83,7 +83,7 @@ class Fleet:
         settings = [f"bridge.listen={listen}"]
         if is_loopback(listen):  # a certificate is for a name that others know
             self._security = self._security.on_loopback()
-            settings += ["bridge.tls_cert=", "bridge.tls_key=", "bridge.tls_ca="]
+            settings += ["bridge.tls_cert=", "bridge.tls_key=", "bridge.tls_ca=", "bridge.data_port=0"]
         return self._local.start(*settings, security=self._security)
 
     def _connect(self, addresses: Sequence[str]) -> RolloutClient:

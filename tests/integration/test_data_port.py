@@ -15,6 +15,7 @@ from rollout import frames
 from rollout.channel import grpc
 from rollout.client import RolloutClient
 from rollout.data_port import DataLimits, DataPort, DataStream, Refusal
+from rollout.errors import UserError
 from rollout.manifest import Refused
 from rollout.security import PLAIN, Security
 from rollout.stub import BridgeError, Stub
@@ -174,6 +175,13 @@ def is_closed_at_once(opened):
             return connection.recv(1) == b""
         except TimeoutError:
             return False
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.create_server((HOST, 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"bridge.data_port {port} at {HOST}: Address already in use"):
+            DataPort(HOST, port, PLAIN)
 
 
 def test_what_breaks_off_in_the_middle_of_a_frame_leaves_only_whole_ones(door):

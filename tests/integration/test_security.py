@@ -145,7 +145,7 @@ def test_no_method_is_open_without_the_token(listening):
         assert healthy.status == health_pb2.HealthCheckResponse.SERVING
 
 
-def test_weights_and_episodes_go_over_a_protected_bridge(certificates, tmp_path):
+def test_weights_and_episodes_go_over_a_protected_bridge(certificates, tmp_path, caplog):
     (tmp_path / "token").write_text(TOKEN)
     ours = certificates.settings("service", "ca") | {"token_file": str(tmp_path / "token")}
     theirs = certificates.settings("learner", "ca") | {"token_file": str(tmp_path / "token")}
@@ -156,6 +156,7 @@ def test_weights_and_episodes_go_over_a_protected_bridge(certificates, tmp_path)
         client = RolloutClient([f"127.0.0.1:{port}"], security=security)
         client.wait_ready(DEADLINE)
         push(client.stubs[0], key(1), weights())
+        assert not caplog.records, "the data port takes the same certificates"
         client.identify("run", 1)
         assert len(client.rollout(tasks(2), 2, SAMPLING, version=1, seed=0, max_turns=5)) == 4
         client.close()

@@ -7,6 +7,7 @@ frames pile up. A chunk is framed once for all services. One stream a service: s
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import time
@@ -138,7 +139,11 @@ class Stream:
     def finish(self) -> int:
         """Waits for the service to have everything; returns the bytes. Raises BridgeError."""
         self.put(None)
-        received: int = self._sent.result().bytes
+        try:
+            received: int = self._sent.result().bytes
+        finally:  # of a call that ended early a thread of gRPC's may still wait for a frame
+            with contextlib.suppress(queue.Full):
+                self._queue.put_nowait(None)
         return received
 
 

@@ -6,6 +6,7 @@ import socket
 import ssl
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from rollout.security import PLAIN, Security
 from rollout.stub import BridgeError, Stub
 from rollout.types import TensorSpec
 from sqlrl_jax.config import BridgeConfig
+from sqlrl_jax.sending import Stream
 from sqlrl_jax.weights import Pusher
 from tests.integration.bridge_helpers import (
     DEADLINE,
@@ -31,6 +33,7 @@ from tests.integration.bridge_helpers import (
     level,
     missing_frames,
     service,
+    through_grpc,
     wait_until,
     weights,
 )
@@ -287,6 +290,19 @@ def pushed_to(stub, specs):
     state = begin(stub, key(9), specs)
     stub.abort(pb.AbortRequest(weights=key(9)), timeout=DEADLINE)
     return state.data_port
+
+
+def test_a_transfer_that_grpc_ends_early_leaves_no_thread_that_waits(running):
+    with Stub(running) as stub, ThreadPoolExecutor(1) as pool:
+        state = through_grpc(begin(stub, key(1)))
+        stub.abort(pb.AbortRequest(weights=key(1)), timeout=DEADLINE)
+        before = threading.active_count()
+        stream = Stream(stub, state, DEADLINE, pool)
+        stream.put(frames.frame(state.push_id, 0, 0, 0, memoryview(b"weights")))
+        wait_until(stream._sent.done, "the refusal")
+        with pytest.raises(BridgeError, match="this push is not open"):
+            stream.finish()
+        wait_until(lambda: threading.active_count() <= before + 1, "all but the pool's thread to end")
 
 
 def test_a_service_that_ends_in_mid_push_is_one_transient_error(tmp_path):

@@ -2,9 +2,10 @@
 
 A plain Qwen2-type decoder over a dictionary of Hugging Face tensors, PPO's clipped loss, gradient clipping and fused AdamW,
 in float32. Two layouts. "padded" is TRL's: sequences in the order they come, padded to the longest of the batch, the head
-on every completion column. "sorted" is the best of eager PyTorch: sorted by length, each micro-batch padded to its own
-longest, the head on trained tokens only. Both pad on the right, so causal attention needs no mask (cheaper than TRL's own).
-`mixed` is what suits a GPU: bfloat16 autocast, and layers recomputed in the backward pass.
+on every completion column. By length is the best of eager PyTorch that we could write: sequences sorted, each micro-batch
+padded to its own longest, the head on trained tokens only. Both pad on the right, so causal attention needs no mask
+(cheaper than transformers' and TRL's own; transformers_peer.py is that model itself). `mixed` is what suits a GPU: bfloat16
+autocast, and layers recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -65,27 +66,22 @@ class TorchUpdate:
 
         def padded(name: str, dtype: torch.dtype) -> torch.Tensor:
             rows = [np.pad(getattr(s, name), (0, width - len(s.tokens))) for s in samples]
-            return torch.from_numpy(np.stack(rows)).to(self.device, dtype)[:, 1:]
+            return torch.from_numpy(np.stack(rows)).to(self.device, dtype)
 
-        rows = np.stack([np.pad(s.tokens, (0, width - len(s.tokens))) for s in samples])
-        tokens = torch.from_numpy(rows).to(self.device).long()
-        trained, old, advantage = (
-            padded(n, d)
-            for n, d in (("trained", torch.bool), ("rollout_logprobs", torch.float32), ("advantages", torch.float32))
-        )
-        hidden, targets = self._hidden(tokens)[:, :-1], tokens[:, 1:]
-        if self.by_length:
-            hidden, targets, old, advantage = (x[trained] for x in (hidden, targets, old, advantage))
-        else:
-            first = min(int(np.flatnonzero(s.trained)[0]) for s in samples) - 1
-            hidden, targets, old, advantage, trained = (
-                x[:, first:] for x in (hidden, targets, old, advantage, trained)
-            )
-        logits = hidden @ self.weights["model.embed_tokens.weight"].T
-        new = torch.gather(logits, -1, targets[..., None])[..., 0] - torch.logsumexp(logits, -1)
+        tokens, trained = padded("tokens", torch.long), padded("trained", torch.bool)[:, 1:]
+        lengths = torch.tensor([len(s.tokens) for s in samples], device=self.device)
+        new = self._logprobs(tokens, lengths, trained)
+        old, advantage = (padded(n, torch.float32)[:, 1:][trained] for n in ("rollout_logprobs", "advantages"))
         ratio = torch.exp(torch.clamp(new - old, -20, 20))
-        loss = torch.maximum(-advantage * ratio, -advantage * torch.clamp(ratio, 0.8, 1.2))
-        return loss.sum() if self.by_length else loss[trained].sum()
+        return torch.maximum(-advantage * ratio, -advantage * torch.clamp(ratio, 0.8, 1.2)).sum()
+
+    def _logprobs(self, tokens: torch.Tensor, lengths: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
+        """Of the trained tokens, which are those of tokens[:, 1:] that `trained` marks, in one row."""
+        hidden, targets, head = self._hidden(tokens)[:, :-1], tokens[:, 1:], self.weights["model.embed_tokens.weight"].T
+        if self.by_length:
+            return logprobs_of(hidden[trained] @ head, targets[trained])
+        first = first_column(trained)
+        return logprobs_of(hidden[:, first:] @ head, targets[:, first:])[trained[:, first:]]
 
     def _hidden(self, tokens: torch.Tensor) -> torch.Tensor:
         c, w = self.config, self.weights
@@ -120,3 +116,13 @@ class TorchUpdate:
         for i in range(c.num_hidden_layers):
             x = checkpoint(block, x, i, use_reentrant=False) if self.mixed else block(x, i)
         return norm(x, "model.norm.weight")
+
+
+def first_column(trained: torch.Tensor) -> int:
+    """Where the completions begin."""
+    return int(trained.any(0).nonzero()[0])
+
+
+def logprobs_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """[..., vocabulary] and [...] to [...], without a second array of the logits' size."""
+    return torch.gather(logits, -1, targets[..., None])[..., 0] - torch.logsumexp(logits, -1)

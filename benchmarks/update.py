@@ -7,8 +7,10 @@ tiny: a 0.92M Qwen2-type model, 256 episodes of 40 to 184 tokens, mean 84. small
 116 to 630 tokens, mean 353. float32, AdamW, PPO clip. Useful tokens are those of the episodes, padding not counted. The
 contenders take turns, each in a process of its own; the table shows each one's median and best round and its CPU time,
 because machines are seldom quiet. Compiling is left out (a warm-up update); the losses of the warm-up must agree, or the
-run ends with an error. Our rows were tuned once, by hand; PyTorch's micro-batches are tuned here, for each layout, by
-trying several sizes first and keeping the fastest, unless --sizes gives them.
+run ends with an error. PyTorch comes three times: padded as TRL does, sorted by length with transformers' own model, and
+as fast as we could write it (torch_peer.py, transformers_peer.py). Our rows were tuned once, by hand; PyTorch's
+micro-batches are tuned here, for each of the three, by trying several sizes first and keeping the fastest, unless --sizes
+gives them.
 
 The last row takes its turns too: the time of the products that the update cannot do without (layers, attention over each
 token's own past, the head on trained tokens; forward and backward, nothing recomputed) at the rate of one product of two
@@ -51,7 +53,9 @@ from sqlrl_jax.model.params import param_specs, parameter_count  # noqa: E402
 OURS = "sqlrl_jax, packed rows"
 SPLIT = "sqlrl_jax, the same, each core a device"
 PADDED = "eager PyTorch, padded (TRL's layout)"
-SORTED = "eager PyTorch, sorted by length"
+SORTED = "transformers, sorted by length"
+BEST = "the best eager PyTorch we could write"
+TORCH = (PADDED, SORTED, BEST)
 LIMIT = "limit at the matmul rate"
 TRL = "TRL 1.16 GRPOTrainer"
 TUNIX = "Tunix 0.1.7, padded"
@@ -69,7 +73,7 @@ class Work(NamedTuple):
     buckets: tuple[int, ...]  # shorter rows that may be used
     chunk: int
     torch_sizes: tuple[int, ...]  # sequences in a micro-batch of PyTorch; the fastest is used
-    split: bool  # whether two devices of one core each are tried too: they hold everything twice
+    split: bool = False  # whether two devices of one core each are tried too: they hold everything twice
 
 
 WORK = {
@@ -79,7 +83,7 @@ WORK = {
     ),
     "small": Work(
         ModelConfig("qwen2", 16384, 768, 2176, 10, 12, 4, 64, tie_word_embeddings=True, attention_bias=True),
-        *(16, 116, 630, 353, 648, 1, (), 288, (1, 2, 4, 8), False),
+        *(16, 116, 630, 353, 648, 1, (), 288, (1, 2, 4, 8)),
     ),
 }
 
@@ -147,13 +151,18 @@ def learner_update(work: Work, overrides: list[str]) -> Callable[[], tuple[float
     return update
 
 
-def torch_update(work: Work, by_length: bool, size: int) -> Callable[[], tuple[float, float]]:
+def torch_update(name: str, work: Work, size: int) -> Callable[[], tuple[float, float]]:
     """PyTorch's update of the same weights and episodes, `size` sequences at a time."""
     from torch_peer import TorchUpdate
 
     tensors = jax.device_get(to_hf_tensors(init_params(work.model, 0), work.model, "float32"))
     samples = samples_of(make_episodes(work), make_advantages(work), "token_mean")
-    peer = TorchUpdate(tensors, work.model, size=size, by_length=by_length)
+    if name == SORTED:
+        from transformers_peer import TransformersUpdate
+
+        peer: TorchUpdate = TransformersUpdate(tensors, work.model, size=size)
+    else:
+        peer = TorchUpdate(tensors, work.model, size=size, by_length=name == BEST)
     return lambda: peer.update(samples)
 
 
@@ -190,9 +199,7 @@ def serve(name: str, work: Work, size: int, overrides: list[str]) -> None:
     if name == LIMIT:
         update = limit_update(work)
     else:
-        update = (
-            torch_update(work, name == SORTED, size) if name in (PADDED, SORTED) else learner_update(work, overrides)
-        )
+        update = torch_update(name, work, size) if name in TORCH else learner_update(work, overrides)
     turns.serve(update)
 
 
@@ -240,12 +247,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--work", choices=WORK, default="tiny")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sizes", type=int, nargs=2, metavar=("PADDED", "SORTED"), help="PyTorch's micro-batches")
+    parser.add_argument(
+        "--sizes", type=int, nargs=3, metavar=("PADDED", "SORTED", "BEST"), help="PyTorch's micro-batches"
+    )
     parser.add_argument("--trl", metavar="PYTHON", help="interpreter of an environment with TRL (see trl_peer.py)")
     parser.add_argument(
         "--tunix", metavar="PYTHON", help="interpreter of an environment with Tunix (see tunix_peer.py)"
     )
-    parser.add_argument("--serve", choices=(OURS, SPLIT, PADDED, SORTED, LIMIT), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=(OURS, SPLIT, *TORCH, LIMIT), help=argparse.SUPPRESS)
     parser.add_argument("--size", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("settings", nargs="*", help="key=value settings of the learner to try")
     args = parser.parse_args()
@@ -255,12 +264,11 @@ def main() -> int:
         return 0
     tokens = sum(len(e.prompt_ids) + len(e.response_ids) for e in make_episodes(work))
     print(f"{args.work}: {parameter_count(work.model):,} parameters, {work.episodes} episodes, {tokens:,} tokens\n")
-    layouts = (PADDED, SORTED)
-    sizes = dict(zip(layouts, args.sizes or [fastest_size(name, args.work) for name in layouts], strict=True))
+    sizes = dict(zip(TORCH, args.sizes or [fastest_size(name, args.work) for name in TORCH], strict=True))
     with tempfile.TemporaryDirectory() as folder:
         contenders = {
             name: contender(name, ["--work", args.work, "--size", str(sizes.get(name, 0)), *args.settings, *more])
-            for name, more in ((OURS, ()), (SPLIT, split(work)), (PADDED, ()), (SORTED, ()), (LIMIT, ()))
+            for name, more in ((OURS, ()), (SPLIT, split(work)), *((name, ()) for name in (*TORCH, LIMIT)))
             if name != SPLIT or work.split
         }
         peers = {name: python for name, python in ((TRL, args.trl), (TUNIX, args.tunix)) if python}
@@ -288,13 +296,14 @@ def main() -> int:
 
 def print_table(tokens: int, rounds: dict[str, list[dict[str, float]]]) -> None:
     """One row a contender. The ratios are medians over the rounds of what took its turn in the same round."""
-    columns = ["update", "useful tokens/s, median", "best", "x padded", "x sorted", "CPU seconds", "peak RSS, GB"]
+    columns = ["update", "useful tokens/s, median", "best", "x padded", "x sorted", "x best PyTorch"]
+    columns += ["CPU seconds", "peak RSS, GB"]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name, results in rounds.items():
         rates = [tokens / r["seconds"] for r in results]
         times = [
             statistics.median(o["seconds"] / r["seconds"] for o, r in zip(rounds[other], results, strict=True))
-            for other in (PADDED, SORTED)
+            for other in TORCH
         ]
         middle, cpu = statistics.median(rates), statistics.median(r["cpu"] for r in results)
         cells = [f"{middle:,.0f}", f"{max(rates):,.0f}", *(f"{x:.2f}" for x in times), f"{cpu:.1f}"]

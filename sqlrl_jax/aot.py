@@ -1,9 +1,10 @@
 """The training step compiled for devices that are not there, and what the compiler then knows of it.
 
 Three functions make a step: the gradients of a micro-batch, which is where time and memory go, their application, and under a
-KL term or a correction the scoring. The first two are compiled, with the very shapes and shardings of a run. What a device
-holds beside a function's own arguments (the optimizer's state while gradients are computed, a reference model, a critic)
-is added. A critic's own functions are left out: they are the policy's without its head, which is what needs most.
+KL term or a correction the scoring. The first two are compiled, with the very shapes and shardings of a run, and with gae
+those of the critic too: beside adapters they need more than the policy's. What a device holds beside a function's own
+arguments (the optimizer's state while gradients are computed, a reference model, the other one of policy and critic) is
+added.
 """
 
 from __future__ import annotations
@@ -54,28 +55,39 @@ class Compiled:
         return self.own + self.resident
 
 
-def compile_step(config: Config, model: ModelConfig, mesh: Mesh) -> Iterator[Compiled]:
-    """The gradients' function, then the one that applies them. Raises UserError when the compiler fails but for memory."""
-    warmup = config.trainer.policy.optimizer_config.num_warmup_steps
-    program = make_program(config, mesh, model, optimizer_steps=warmup + 1)  # the length of a schedule changes no shape
-    state, frozen, batch = program.abstract_state(), program.abstract_frozen(), abstract_batch(config, program)
-    shapes, one = jax.eval_shape(program.zeros, state.params, frozen, batch), jax.ShapeDtypeStruct((), np.int32)
-    where = (program.gradient_shardings, jax.tree.map(lambda _: replicated(mesh), shapes[1]))
+def compile_step(
+    config: Config, model: ModelConfig, mesh: Mesh, critic_model: ModelConfig | None = None
+) -> Iterator[Compiled]:
+    """The gradients' function, then the one that applies them; with gae the same two of the critic, which has the policy's
+    sizes if it is given none. Raises UserError when the compiler fails but for memory."""
+    trainer = config.trainer  # the length of a schedule changes no shape: just longer than its warm-up
+    policy = make_program(config, mesh, model, trainer.policy.optimizer_config.num_warmup_steps + 1)
+    params, beside = policy.abstract_params(), 0.0
+    if trainer.algorithm.needs_reference and not policy.frozen:
+        numbers = _held(params) / np.dtype(trainer.policy.param_dtype).itemsize
+        beside = numbers * jax.numpy.dtype(trainer.policy.compute_dtype).itemsize
+    if not trainer.algorithm.needs_critic:
+        yield from _functions("", policy, abstract_batch(config, policy), beside)
+        return
+    steps = trainer.critic.optimizer_config.num_warmup_steps + 1
+    critic = make_critic_program(config, mesh, critic_model or model, steps)
+    yield from _functions("", policy, abstract_batch(config, policy), beside + _held(critic.abstract_state()))
+    resting = _held((policy.abstract_state(), policy.abstract_frozen()))
+    yield from _functions("critic ", critic, _critic_batch(critic), beside + resting)
+
+
+def _functions(
+    whose: str, program: Program, batch: dict[str, jax.ShapeDtypeStruct], beside: float
+) -> Iterator[Compiled]:
+    """Both functions of a program; a device holds `beside` more bytes meanwhile."""
+    state, frozen = program.abstract_state(), program.abstract_frozen()
+    shapes = jax.eval_shape(program.zeros, state.params, frozen, batch)
+    where = (program.gradient_shardings, jax.tree.map(lambda _: replicated(program.mesh), shapes[1]))
     gradients, sums = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, where)
-    beside = 0.0
-    if config.trainer.algorithm.needs_critic:
-        beside += _held(make_critic_program(config, mesh, model, warmup + 1).abstract_state())
-    if config.trainer.algorithm.needs_reference and not program.frozen:
-        numbers = _held(state.params) / np.dtype(config.trainer.policy.param_dtype).itemsize
-        beside += numbers * jax.numpy.dtype(config.trainer.policy.compute_dtype).itemsize
-    weight = jax.ShapeDtypeStruct((), np.float32)
-    yield _compile(
-        "gradients",
-        program.add,
-        (gradients, sums, state.params, frozen, batch, one),
-        _held(state.opt_state) + beside,
-    )
-    yield _compile("apply", program.apply, (state, gradients, weight), _held(frozen) + beside)
+    count, weight = jax.ShapeDtypeStruct((), np.int32), jax.ShapeDtypeStruct((), np.float32)
+    arguments = (gradients, sums, state.params, frozen, batch, count)
+    yield _compile(f"{whose}gradients", program.add, arguments, _held(state.opt_state) + beside)
+    yield _compile(f"{whose}apply", program.apply, (state, gradients, weight), _held(frozen) + beside)
 
 
 def abstract_batch(config: Config, program: Program) -> dict[str, jax.ShapeDtypeStruct]:
@@ -94,6 +106,13 @@ def abstract_batch(config: Config, program: Program) -> dict[str, jax.ShapeDtype
         count = batch["count"]
         batch["kl_coef"] = jax.ShapeDtypeStruct(count.shape, np.float32, sharding=count.sharding)
     return batch
+
+
+def _critic_batch(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
+    """A micro-batch's arrays, with what the critic said of them and is to say."""
+    batch = program.abstract_batches()
+    slots = jax.ShapeDtypeStruct(batch["index"].shape, np.float32, sharding=batch["index"].sharding)
+    return batch | {"old_values": slots, "returns": slots}
 
 
 def _held(tree: Any) -> float:

@@ -154,22 +154,31 @@ def find_model(config: Config, asked: str | None) -> tuple[str, ModelConfig]:
     """The model's name and sizes: of a published model or a config.json that was asked for, of the configured checkpoint,
     or of the published model that the checkpoint's folder is named after."""
     names = {file.stem: file for file in sorted(PUBLISHED.glob("*.json"))}
-    path = Path(config.trainer.policy.model.path)
-    if asked is not None:
+    if asked is None:
+        advice = f"; name the model's sizes with --model-config FILE, or one of {', '.join(names)}"
+        file = _sizes_of("trainer.policy.model.path", config.trainer.policy.model.path, advice)
+    else:
         file = names.get(_plain(asked), Path(asked))
         file = file / "config.json" if file.is_dir() else file
         if not file.is_file():
             raise UserError(f"--model-config {asked}: expected a config.json or one of {', '.join(names)}")
-    elif (path / "config.json").is_file() or _plain(path.name) not in names:
-        file = path / "config.json"
-        if not file.is_file():
-            raise UserError(
-                f"trainer.policy.model.path {path} holds no config.json; name the model's sizes with --model-config FILE, or "
-                f"one of {', '.join(names)}"
-            )
-    else:
-        file = names[_plain(path.name)]
     return (file.stem if file.parent == PUBLISHED else str(file)), _read_model(file)
+
+
+def find_critic(config: Config) -> ModelConfig | None:
+    """The sizes of gae's critic where trainer.critic.model.path names a model; otherwise it has the policy's."""
+    path = config.trainer.critic.model.path
+    if not path or not config.trainer.algorithm.needs_critic:
+        return None
+    return _read_model(_sizes_of("trainer.critic.model.path", path))
+
+
+def _sizes_of(key: str, path: str, advice: str = "") -> Path:
+    """The config.json of a checkpoint's folder, or the published one of its name."""
+    file, published = Path(path) / "config.json", PUBLISHED / f"{_plain(Path(path).name)}.json"
+    if not file.is_file() and not published.is_file():
+        raise UserError(f"{key} {path} holds no config.json{advice}")
+    return file if file.is_file() else published
 
 
 def _plain(name: str) -> str:
@@ -209,7 +218,7 @@ def prove(cost: Cost, where: Slice) -> Proof:
 
     mesh = make_mesh(cost.config.trainer.mesh, found)
     programs = []
-    for compiled in aot.compile_step(cost.config, cost.model, mesh):
+    for compiled in aot.compile_step(cost.config, cost.model, mesh, find_critic(cost.config)):
         programs.append(compiled)
         if compiled.refused:
             return Proof(programs, None, 0.0, 0.0, 0.0)

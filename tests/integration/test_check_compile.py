@@ -64,3 +64,18 @@ def test_a_small_step_compiles_for_a_slice(tmp_path):
     matrices = found["micro_batch"]["flops"]["matrices"] / found["devices"]
     assert 0.9 < compiled["flops_per_device_per_micro_batch"] / matrices < 1.2
     assert compiled["needs_bytes_per_device"] > found["parameters"] * 16 / 4
+
+
+def test_a_critic_beside_adapters_is_compiled_and_needs_the_most(tmp_path):
+    """Its step trains all weights, the policy's only adapters. It holds its weights, moments and gradients, four bytes each,
+    over the four devices, while the adapters' base rests."""
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install '.[tpu]'")
+    gae = ("trainer.algorithm.advantage_estimator=gae", "trainer.policy.model.lora.rank=4")
+    done = check(tmp_path, "--topology", "v5e:2x2", "--json", *gae)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    needs = {p["name"]: p["needs"] for p in found["compiled"]["programs"]}
+    assert list(needs) == ["gradients", "apply", "critic gradients", "critic apply"]
+    assert found["compiled"]["needs_bytes_per_device"] == max(needs.values()) == needs["critic gradients"]
+    head = SIZES["vocab_size"] * SIZES["hidden_size"]
+    assert needs["critic gradients"] > (found["parameters"] - head) * 4 * 4 / 4 + found["parameters"] * 2 / 4

@@ -210,7 +210,7 @@ class Cost:
 
     def _saved(self) -> float:
         (attention, mlp), width = self._wide(), self.model.hidden_size
-        more = {"full": 0.0, "attention": width + attention, "none": 3 * width + attention + 3 * mlp}
+        more = {"full": 0.0, "attention": width + attention, "none": 3 * width + attention + 2 * mlp}
         a_layer = width + more[self.policy.remat]
         return self.model.num_hidden_layers * self.local_tokens * a_layer * self.width
 

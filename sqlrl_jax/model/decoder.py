@@ -113,9 +113,11 @@ def project_qkv(
 
 
 def finish_block(
-    config: ModelConfig, layer: Params, x: Float[Array, "B S D"], attended: Float[Array, "B S H h"]
+    config: ModelConfig, layer: Params, x: Float[Array, "B S D"], attended: Float[Array, "B S H h"], lean: bool = False
 ) -> Float[Array, "B S D"]:
-    """The rest of a layer after attention: output projection, then the SwiGLU MLP, each added to the residual."""
+    """The rest of a layer after attention: output projection, then the SwiGLU MLP, each added to the residual. A `lean` one
+    keeps only two arrays of the MLP's width for the backward pass, which makes the other two of them again: writing and
+    reading four takes longer."""
     (mixed,) = linear(layer, ("o",), attended.reshape(*x.shape[:-1], -1))
     x = checkpoint_name(x + mixed, KEPT)
     normed = rms_norm(x, layer["mlp_norm"], config.rms_norm_eps)
@@ -123,7 +125,13 @@ def finish_block(
         gate, up = jnp.split(linear(layer, ("gate_up",), normed)[0], 2, axis=-1)
     else:
         gate, up = linear(layer, ("gate", "up"), normed)
-    return x + linear(layer, ("down",), jax.nn.silu(gate) * up)[0]
+
+    def down(gate: jax.Array, up: jax.Array) -> jax.Array:
+        return linear(layer, ("down",), jax.nn.silu(gate) * up)[0]
+
+    if lean:  # products are kept: those of adapters
+        down = jax.checkpoint(down, policy=jax.checkpoint_policies.dots_saveable)
+    return x + down(gate, up)
 
 
 def run_layers(
@@ -136,7 +144,7 @@ def run_layers(
     def block(x: jax.Array, layer: Params) -> jax.Array:
         layer = gather_layer(specs, layer, compute.mesh, compute.dtype)
         q, k, v = (checkpoint_name(part, KEPT) for part in project_qkv(config, layer, x, rope))
-        out = finish_block(config, layer, x, attend(q, k, v))
+        out = finish_block(config, layer, x, attend(q, k, v), lean=compute.remat == "none")
         return constrain(out, compute.mesh, ("batch", "sequence", None))
 
     body = block

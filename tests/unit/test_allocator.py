@@ -37,6 +37,29 @@ def test_freed_memory_is_used_again() -> None:
     assert faults("keep") * 4 < faults("leave")
 
 
+HOLES = """
+import sys
+from sqlrl_jax.allocator import give_back_surplus, keep_freed_memory
+assert keep_freed_memory()
+def resident():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) >> 10
+blocks = [bytearray(b"x") * (16 << 20) for _ in range(int(sys.argv[1]))]
+del blocks[::2]
+before = resident()
+give_back_surplus()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+@pytest.mark.parametrize(("blocks", "given_back"), [(80, 40 * 16), (16, 0)])
+def test_a_large_heap_gives_back_its_holes_and_a_small_one_keeps_them(blocks: int, given_back: int) -> None:
+    environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", HOLES, str(blocks)]
+    found = int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert found == pytest.approx(given_back, abs=8)  # MiB
+
+
 @pytest.mark.parametrize(("platforms", "plugins", "cpu"), [("tpu", [], False), ("", ["cuda"], False), ("", [], True)])
 def test_only_where_jax_chooses_the_cpu(
     monkeypatch: pytest.MonkeyPatch, platforms: str, plugins: list[str], cpu: bool

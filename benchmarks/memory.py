@@ -27,6 +27,7 @@ sys.path[:0] = [str(ROOT)]
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
 from jaxtyping import Array  # noqa: E402
 
 from sqlrl_jax.config_file import load  # noqa: E402
@@ -95,9 +96,9 @@ def make(args: argparse.Namespace) -> Program:
 def case(args: argparse.Namespace) -> dict[str, float]:
     """One program: what the compiler reserves and, when it is run, seconds and the process's peak RSS; gigabytes."""
     program = make(args)
-    batch, params = program.abstract_batch(), program.abstract_params()
+    batch, params = program.abstract_batches(), program.abstract_params()
     gradients, sums = jax.eval_shape(program.zeros, params, {}, batch)
-    compiled = program.add.lower(gradients, sums, params, {}, batch).compile()
+    compiled = program.add.lower(gradients, sums, params, {}, batch, jax.ShapeDtypeStruct((), np.int32)).compile()
     memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     out = {"held": held / 1e9, "temporary": memory.temp_size_in_bytes / 1e9}
@@ -106,12 +107,15 @@ def case(args: argparse.Namespace) -> dict[str, float]:
     compile_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     weights = jax.tree.map(lambda a: jnp.full(a.shape, 0.01, a.dtype), params)
     arrays = {name: jnp.zeros(a.shape, a.dtype) for name, a in batch.items()}
-    arrays |= {"index": jnp.arange(args.tokens, dtype=jnp.int32)[None], "count": jnp.int32(args.tokens)}
+    arrays |= {
+        "index": jnp.arange(args.tokens, dtype=jnp.int32)[None, None],
+        "count": jnp.full(1, args.tokens, jnp.int32),
+    }
     arrays |= {"segment_ids": arrays["segment_ids"] + 1, "mask": ~arrays["mask"], "weights": arrays["weights"] + 1}
     carried: Any = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (gradients, sums))
     for _ in range(args.rounds):
         started = time.perf_counter()
-        carried = jax.block_until_ready(compiled(*carried, weights, {}, arrays))
+        carried = jax.block_until_ready(compiled(*carried, weights, {}, arrays, np.int32(1)))
         out["seconds"] = min(time.perf_counter() - started, out.get("seconds", float("inf")))
     return out | {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, "compile_peak": compile_peak}
 

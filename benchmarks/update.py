@@ -83,7 +83,7 @@ WORK = {
     ),
     "small": Work(
         ModelConfig("qwen2", 16384, 768, 2176, 10, 12, 4, 64, tie_word_embeddings=True, attention_bias=True),
-        *(16, 116, 630, 353, 648, 1, (), 288, (1, 2, 4, 8)),
+        *(16, 116, 630, 353, 720, 1, (), 312, (1, 2, 4, 8)),
     ),
 }
 

@@ -14,6 +14,7 @@ device; the metrics it returns are still being computed. Left out: loss scaling,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
@@ -45,8 +46,10 @@ Objective = Callable[[Any, dict[str, Array]], tuple[Float[Array, ""], Sums]]
 
 # Micro-batches that one run of the program takes on a CPU, at most.
 _RUN_LENGTH = 16
-# XLA's own choice on a CPU is the order in which most can run at once: a tenth more memory, and no faster on two cores.
+# XLA's own choice on a CPU is the order in which most can run at once: a tenth more memory, and of a large model no faster
+# on two cores. A small model's update seemed slower for it, and has no need of it.
 _FEW_BUFFERS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+_SMALL_MODEL = 2**24  # numbers
 
 
 class State(NamedTuple):
@@ -112,12 +115,13 @@ class Program:
         summed = (self.gradient_shardings, everywhere)
         self.start = jax.jit(self._started, out_shardings=where)
         self.zeros = jax.jit(self._nothing, out_shardings=summed)
-        on_cpu = platform_of(self.mesh) == "cpu"
+        numbers = sum(math.prod(spec.shape) for spec in (self.trained | self.frozen).values())
+        tight = platform_of(self.mesh) == "cpu" and numbers > _SMALL_MODEL
         self.add = jax.jit(
             self._accumulate,
             out_shardings=summed,
             donate_argnums=(0, 1),
-            compiler_options=_FEW_BUFFERS if on_cpu else None,
+            compiler_options=_FEW_BUFFERS if tight else None,
         )
         self.apply = jax.jit(self._applied, out_shardings=(where, everywhere), donate_argnums=0)
         self.score = jax.jit(self._scored, out_shardings=everywhere)

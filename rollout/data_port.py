@@ -193,7 +193,8 @@ class DataStream:
 
     def send(self, every: Iterable[frames.Frame]) -> pb.PushReply:
         """Sends all frames; returns what the service says of them. Raises Refusal, OSError."""
-        connection = self._connection
+        connection, word = self._connection, select.poll()
+        word.register(connection, select.POLLIN)
         with connection:
             try:
                 for frame in every:
@@ -201,7 +202,7 @@ class DataStream:
                         raise TimeoutError("the time for a transfer is over")
                     connection.sendall(frame.head.pack())
                     connection.sendall(frame.payload)
-                    if select.select([connection], [], [], 0)[0]:  # it speaks before the end only to refuse
+                    if word.poll(0):  # it speaks before the end only to refuse
                         break
                 else:
                     connection.sendall(_END)

@@ -37,6 +37,7 @@ from algorithm_figures import ADVANTAGES, write_figures  # noqa: E402
 
 CONFIG = "configs/quickstart.yaml"
 COMMON = (
+    "trainer.policy_mini_batch_size=32",
     "trainer.policy.optimizer_config.lr=1e-4",
     "trainer.eval_interval=4",
     "trainer.ckpt_interval=0",

@@ -1,8 +1,9 @@
 """From the pieces of a push to frames on every service's stream, with bounded memory.
 
-Pieces are cut into chunks of a frame's size on a fixed grid. Threads encode, hash and frame a few chunks ahead; the frames,
-which are views of the pieces, then wait in short queues, one a service, so the slowest service sets the pace and nobody's
-frames pile up. A chunk is framed once for all services. One stream a service: several were measured to be no faster.
+Pieces are cut into chunks of a frame's size on a fixed grid. The frames, which are views of the pieces, wait in short queues,
+one a service, so the slowest service sets the pace and nobody's frames pile up. Each service's thread sends them; the first
+to come to a chunk hashes it, for all. Differences are encoded by threads of their own, a few chunks ahead. One stream a
+service: several were measured to be no faster.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -117,8 +119,9 @@ class Stream:
         self._missing: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for gap in state.missing:
             self._missing.setdefault((gap.tensor, gap.slice), []).append((gap.offset, gap.offset + gap.length))
-        self._queue: queue.Queue[frames.Frame | None] = queue.Queue(_QUEUE)
-        self._sent = pool.submit(stub.push, state, iter(self._queue.get, None), timeout)
+        self._queue: queue.Queue[Callable[[], frames.Frame] | None] = queue.Queue(_QUEUE)
+        waiting = (make() for make in iter(self._queue.get, None) if make is not None)
+        self._sent = pool.submit(stub.push, state, waiting, timeout)
 
     def lacks(self, piece: Piece) -> bool:
         return (piece.tensor, piece.slice) in self._missing
@@ -127,11 +130,11 @@ class Stream:
         gaps = self._missing.get((spot.tensor, spot.slice), ())
         return any(start < spot.offset + CHUNK and end > spot.offset for start, end in gaps)
 
-    def put(self, frame: frames.Frame | None) -> None:
+    def put(self, make: Callable[[], frames.Frame] | None) -> None:
         """Waits while the queue is full; a transfer that has ended takes nothing any more. None ends it."""
         while not self._sent.done():
             try:
-                self._queue.put(frame, timeout=0.1)
+                self._queue.put(make, timeout=0.1)
             except queue.Full:
                 continue
             return
@@ -147,13 +150,18 @@ class Stream:
         return received
 
 
-class _Made(NamedTuple):
-    """A chunk's frames, of all of it and (True) of a difference; what the difference is, and what it took."""
+class _Once:
+    """A frame that is made by whoever asks first: hashed just before it is sent, while it is in that core's cache."""
 
-    kinds: dict[bool, frames.Frame]
-    payload: bytes | None
-    changed: int
-    seconds: float
+    def __init__(self, make: Callable[[], frames.Frame]) -> None:
+        self._make, self._lock = make, threading.Lock()
+        self._frame: frames.Frame | None = None
+
+    def __call__(self) -> frames.Frame:
+        with self._lock:
+            if self._frame is None:
+                self._frame = self._make()
+            return self._frame
 
 
 class Sender:
@@ -179,50 +187,51 @@ class Sender:
                 after(future.result())
 
     def _jobs(self, bucket: Sequence[Piece], streams: Sequence[Stream]) -> Iterator[_Job]:
+        """Puts a bucket's frames into the streams; yields what is to be done in other threads meanwhile."""
         for piece in bucket:
             if self._refill and self._base is not None:
                 yield partial(self._base.keep, piece), lambda _: None
-            takers = [stream for stream in streams if stream.lacks(piece)]
-            digests: list[int] = []
+            takers, whole = [stream for stream in streams if stream.lacks(piece)], []
             for offset in range(0, piece.data.nbytes, CHUNK):
                 spot = Spot(piece.tensor, piece.slice, offset)
-                if takers or self._encoded is not None:
-                    yield self._chunk(piece, spot, [stream for stream in takers if stream.wants(spot)], digests)
-            if takers:
-                yield lambda: None, partial(self._end, piece, digests, takers)
+                data = piece.data[offset : offset + CHUNK]
+                whole.append(_Once(partial(self._frame, spot, data.data, frames.DATA)))
+                wanting = [stream for stream in takers if stream.wants(spot)]
+                _put([stream for stream in wanting if not stream.delta], whole[-1])
+                if self._encoded is not None:
+                    yield self._difference(piece, spot, data, [stream for stream in wanting if stream.delta])
+            _put(takers, _Once(partial(self._end, piece, whole)))
 
-    def _chunk(self, piece: Piece, spot: Spot, wanting: Sequence[Stream], digests: list[int]) -> _Job:
-        data = piece.data[spot.offset : spot.offset + CHUNK]
+    def _difference(self, piece: Piece, spot: Spot, data: np.ndarray, wanting: Sequence[Stream]) -> _Job:
+        encoded, base = self._encoded, self._base
+        assert encoded is not None
+        assert base is not None
 
-        def work() -> _Made:
-            payload, changed, started = None, 0, time.thread_time()
-            if self._encoded is not None and self._base is not None:
-                payload = self._encoded.payloads.get(spot)
-                if payload is None:
-                    payload, changed = delta.encode(self._base.chunk(spot), data, piece.width)
-            seconds = time.thread_time() - started
-            kinds = {False: self._frame(spot, data.data, frames.DATA)}
-            if payload is not None:
-                kinds[True] = self._frame(spot, memoryview(payload), frames.DELTA)
-            return _Made(kinds, payload, changed, seconds)
+        def work() -> tuple[bytes, int, float]:
+            known, started = encoded.payloads.get(spot), time.thread_time()
+            payload, changed = (known, 0) if known is not None else delta.encode(base.chunk(spot), data, piece.width)
+            return payload, changed, time.thread_time() - started
 
-        def done(made: _Made) -> None:
-            digests.append(made.kinds[False].head.digest)
-            if self._encoded is not None and made.payload is not None and spot not in self._encoded.payloads:
-                self._encoded.payloads[spot] = made.payload
-                self._encoded.changed += made.changed
-                self._encoded.values += data.nbytes // piece.width
-                self._encoded.covered += data.nbytes
-                self._encoded.seconds += made.seconds
-            for stream in wanting:
-                stream.put(made.kinds[stream.delta])
+        def done(made: tuple[bytes, int, float]) -> None:
+            payload, changed, seconds = made
+            if spot not in encoded.payloads:
+                encoded.payloads[spot] = payload
+                encoded.changed += changed
+                encoded.values += data.nbytes // piece.width
+                encoded.covered += data.nbytes
+                encoded.seconds += seconds
+            _put(wanting, _Once(partial(self._frame, spot, memoryview(payload), frames.DELTA)))
 
         return work, done
 
     def _frame(self, spot: Spot, payload: memoryview, kind: int) -> frames.Frame:
         return frames.frame(self._push, spot.tensor, spot.slice, spot.offset, payload, kind)
 
-    def _end(self, piece: Piece, digests: Sequence[int], takers: Sequence[Stream], _: None) -> None:
-        frame = frames.end(self._push, piece.tensor, piece.slice, piece.data.nbytes, frames.join(digests))
-        for stream in takers:
-            stream.put(frame)
+    def _end(self, piece: Piece, whole: Sequence[_Once]) -> frames.Frame:
+        checksum = frames.join(one().head.digest for one in whole)
+        return frames.end(self._push, piece.tensor, piece.slice, piece.data.nbytes, checksum)
+
+
+def _put(streams: Sequence[Stream], make: Callable[[], frames.Frame]) -> None:
+    for stream in streams:
+        stream.put(make)

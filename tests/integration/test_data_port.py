@@ -298,7 +298,7 @@ def test_a_transfer_that_grpc_ends_early_leaves_no_thread_that_waits(running):
         stub.abort(pb.AbortRequest(weights=key(1)), timeout=DEADLINE)
         before = threading.active_count()
         stream = Stream(stub, state, DEADLINE, pool)
-        stream.put(frames.frame(state.push_id, 0, 0, 0, memoryview(b"weights")))
+        stream.put(lambda: frames.frame(state.push_id, 0, 0, 0, memoryview(b"weights")))
         wait_until(stream._sent.done, "the refusal")
         with pytest.raises(BridgeError, match="this push is not open"):
             stream.finish()

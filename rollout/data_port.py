@@ -73,7 +73,8 @@ class DataPort:
             backlog = self._limits.connections
             self._listener = socket.create_server((host, port), family=family, backlog=backlog, dualstack_ipv6=both)
         except OSError as error:
-            raise UserError(f"bridge.data_port {port} at {host}: {error.strerror or error}") from None
+            why = os.strerror(error.errno) if error.errno else error
+            raise UserError(f"bridge.data_port {port} at {host}: {why}") from None
         self.port: int = self._listener.getsockname()[1]
 
     def ticket(self, push_id: int) -> bytes:

@@ -183,7 +183,7 @@ def is_closed_at_once(opened):
 def test_a_port_that_is_taken_is_named():
     with socket.create_server((HOST, 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"bridge.data_port {port} at {HOST}: Address already in use"):
+        with pytest.raises(UserError, match=f"bridge.data_port {port} at {HOST}: Address already in use$"):
             DataPort(HOST, port, PLAIN)
 
 

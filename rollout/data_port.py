@@ -1,4 +1,4 @@
-"""The data port: a plain socket beside gRPC for the bytes of weights, which gRPC in Python takes four times as long to carry.
+"""The data port: a plain socket beside gRPC for the bytes of weights, which gRPC in Python carries half as fast.
 
 Begin's answer names the port and a ticket for its push. A learner connects, with TLS wherever gRPC has it, shows the ticket,
 sends frames (frames.py) and an end mark, and is told what arrived or why it was refused. The ticket stands for the token,
@@ -21,7 +21,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rollout import bridge_pb2 as pb
 from rollout import frames
@@ -29,6 +29,9 @@ from rollout.errors import UserError
 from rollout.manifest import Refused
 from rollout.receiver import Corrupt
 from rollout.security import Security
+
+if TYPE_CHECKING:
+    from rollout.listener import Limits
 
 _HELLO = struct.Struct("<4sQ16s")  # magic, push id, ticket
 _MAGIC = b"SQP1"
@@ -50,27 +53,17 @@ class Refusal(Exception):
         self.code = code
 
 
-@dataclass(frozen=True)
-class DataLimits:
-    connections: int = 128
-    """At one time, one for each process of a learner; one too many is closed."""
-    hello_seconds: float = 10.0
-    """For TLS and the ticket; also for a learner to hear that it was refused."""
-    silence_seconds: float = 300.0
-    """Between two frames."""
-
-
 class DataPort:
     """Listens at `host`; `open` begins to accept connections. Raises UserError when it cannot listen."""
 
-    def __init__(self, host: str, port: int, security: Security, limits: DataLimits | None = None) -> None:
-        self._security, self._limits = security, limits or DataLimits()
+    def __init__(self, host: str, port: int, security: Security, limits: Limits) -> None:
+        self._security, self._limits = security, limits
         self._secret = os.urandom(32)
-        self._room = threading.BoundedSemaphore(self._limits.connections)
+        self._room = threading.BoundedSemaphore(self._limits.data_connections)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         both = host == "::" and socket.has_dualstack_ipv6()  # as gRPC does
         try:
-            backlog = self._limits.connections
+            backlog = self._limits.data_connections
             self._listener = socket.create_server((host, port), family=family, backlog=backlog, dualstack_ipv6=both)
         except OSError as error:
             why = os.strerror(error.errno) if error.errno else error
@@ -108,8 +101,8 @@ class DataPort:
         try:
             with contextlib.suppress(OSError), self._admitted(connection) as admitted:
                 if admitted is not None:  # strangers are told nothing
-                    wait_at_most(admitted, self._limits.silence_seconds)
-                    _answer(admitted, receive(admitted, take), self._limits.hello_seconds)
+                    wait_at_most(admitted, self._limits.data_silence_seconds)
+                    _answer(admitted, receive(admitted, take), self._limits.handshake_seconds)
         finally:
             self._room.release()
 
@@ -121,7 +114,7 @@ class DataPort:
         with connection:
             if tls is not None:
                 connection = tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
-            late = threading.Timer(self._limits.hello_seconds, _cut, [connection])
+            late = threading.Timer(self._limits.handshake_seconds, _cut, [connection])
             late.start()
             with connection:
                 try:
@@ -143,7 +136,7 @@ def _cut(connection: socket.socket) -> None:
 
 
 def receive(connection: socket.socket, take: Callable[[frames.Frame], bool]) -> pb.DataEnd:
-    """Takes frames until the end mark, or until one is refused. Raises OSError when the connection breaks between frames."""
+    """Takes frames until the end mark, or until one is refused. Raises OSError when the connection breaks."""
     head, buffer = memoryview(bytearray(frames.HEADER_BYTES)), memoryview(bytearray(frames.MAX_PAYLOAD))
     reply = pb.PushReply()
     try:

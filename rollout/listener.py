@@ -39,6 +39,10 @@ class Limits:
     """Within which a client must take each event of its call."""
     episodes: int = 1 << 18
     """In one request: tasks times samples."""
+    data_connections: int = 128
+    """To the data port, one for each process of a learner; one too many is closed."""
+    data_silence_seconds: float = 300.0
+    """Between two frames there; `handshake_seconds` is for its TLS and ticket."""
 
     def options(self) -> tuple[tuple[str, int], ...]:
         return (
@@ -67,7 +71,6 @@ async def listen_at(
     functions: Mapping[str, Callable[..., Any]], listen: str, security: Security, limits: Limits
 ) -> Listening:
     """Starts the server of the bridge's methods in this event loop. Raises UserError."""
-    security.require_allowed(listen)
     server = grpc.aio.server(interceptors=[_Gate(security)], options=limits.options())
     room = _Room(limits.calls)
     handlers = {name: _handler(name, function, room, limits.consumer_seconds) for name, function in functions.items()}

@@ -234,7 +234,7 @@ async def serve(
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
     security.require_allowed(listen)
-    data = DataPort(split_address(listen)[0], data_port, security)
+    data = DataPort(split_address(listen)[0], data_port, security, limits)
     service = RolloutService(engine, play, data, limits)
     listening = await listen_at(service.methods(), listen, security, limits)
     if supervised:

@@ -16,21 +16,9 @@ from rollout.security import Security
 from rollout.stub import BridgeError, Stub
 from sqlrl_jax.config import BridgeConfig
 from tests.integration.bridge_helpers import DEADLINE, ROOT, SAMPLING, key, push, service, tasks, weights
-from tests.integration.certificates import Certificates
 
 pytestmark = pytest.mark.timeout(180)
 TOKEN, OTHER = "a token of the right length".replace(" ", "-"), "another token of good length".replace(" ", "-")
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory):
-    made = Certificates(tmp_path_factory.mktemp("certificates"))
-    made.make("service", "DNS:localhost,IP:127.0.0.1,IP:0.0.0.0")
-    made.make("learner", "DNS:learner")
-    made.make("elsewhere", "DNS:elsewhere.test")
-    made.make("expired", days=-1)
-    made.make("stranger", by="other")
-    return made
 
 
 @pytest.fixture(scope="module")

@@ -103,8 +103,8 @@ class Stub:
             text = f"rollout service {self.address}: {error} ({error.code})"
             raise BridgeError(self.address, text, transient=code in TRANSIENT) from None
         except OSError as error:
-            self._elsewhere_until = time.monotonic() + ELSEWHERE_SECONDS
             why = "nothing moved in time" if isinstance(error, (BlockingIOError, TimeoutError)) else error
+            self._avoid(state.data_port, why)
             raise BridgeError(
                 self.address, f"rollout service {self.address}: sending weights broke off: {why}"
             ) from None
@@ -116,13 +116,17 @@ class Stub:
         try:
             return DataStream(split_address(self.address)[0], state, self._security, self._name, timeout)
         except OSError as error:
-            self._elsewhere_until = time.monotonic() + ELSEWHERE_SECONDS
+            self._avoid(state.data_port, error)
+            return None
+
+    def _avoid(self, port: int, why: object) -> None:
+        if not self._elsewhere_until:
             _log.warning(
                 "rollout service %s: its port %d for weights cannot be used (%s); they go through gRPC, more slowly; see "
                 "bridge.data_port in docs/bridge.md",
-                *(self.address, state.data_port, error),
+                *(self.address, port, why),
             )
-            return None
+        self._elsewhere_until = time.monotonic() + ELSEWHERE_SECONDS
 
     def status(self, timeout: float = 10.0) -> pb.StatusReply:
         """Raises BridgeError."""

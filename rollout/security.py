@@ -52,8 +52,8 @@ class Security:
             raise UserError("bridge.tls_cert and bridge.tls_key belong together: a certificate and its key; set both")
         certificate, key = _read("bridge.tls_cert", bridge.tls_cert), _read("bridge.tls_key", bridge.tls_key)
         authority = _read("bridge.tls_ca", bridge.tls_ca)
-        server_tls = _context(ssl.PROTOCOL_TLS_SERVER, bridge) if certificate else None
-        client_tls = _context(ssl.PROTOCOL_TLS_CLIENT, bridge) if authority else None
+        server_tls = _context(ssl.PROTOCOL_TLS_SERVER, bridge, authority) if certificate else None
+        client_tls = _context(ssl.PROTOCOL_TLS_CLIENT, bridge, authority) if authority else None
         token = _token(bridge.token_file)
         return cls(certificate, key, authority, token, bridge.trusted_network, server_tls, client_tls)
 
@@ -177,7 +177,7 @@ def _read(setting: str, path: str) -> bytes:
         raise UserError(f"{setting} {path}: {error.strerror or error}") from None
 
 
-def _context(protocol: int, bridge: BridgeConfig) -> ssl.SSLContext:
+def _context(protocol: int, bridge: BridgeConfig, authority: bytes) -> ssl.SSLContext:
     """One side's certificate and whom it trusts, both if there are any. Raises UserError naming the file."""
     context = ssl.SSLContext(protocol)
     if protocol == ssl.PROTOCOL_TLS_SERVER:
@@ -191,10 +191,10 @@ def _context(protocol: int, bridge: BridgeConfig) -> ssl.SSLContext:
                 "do not belong together" if "MISMATCH" in str(error) else "are no certificate and open key in PEM form"
             )
             raise UserError(f"bridge.tls_cert {bridge.tls_cert} and bridge.tls_key {bridge.tls_key} {what}") from None
-    if bridge.tls_ca:
+    if authority:
         context.verify_mode = ssl.CERT_REQUIRED
         try:
-            context.load_verify_locations(cadata=_read("bridge.tls_ca", bridge.tls_ca).decode("ascii", "replace"))
+            context.load_verify_locations(cadata=authority.decode("ascii", "replace"))
         except (ssl.SSLError, ValueError):
             raise UserError(f"bridge.tls_ca {bridge.tls_ca}: this is no certificate in PEM form") from None
     return context

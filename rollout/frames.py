@@ -12,7 +12,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import xxhash
 
@@ -46,7 +45,7 @@ class Head:
     length: int
     kind: int = DATA
     digest: int = 0
-    """xxh3_64 of the payload; of END: `checksum` of the whole slice."""
+    """xxh3_64 of the payload; of END: the whole slice's checksum, as `join` makes it."""
 
     @property
     def place(self) -> str:
@@ -69,12 +68,6 @@ class Frame:
 def push_id(run: str, epoch: int, version: int) -> int:
     """The number by which frames name their push. Every learner host computes the same one."""
     return xxhash.xxh3_64_intdigest(f"{epoch}/{version}/{run}".encode())
-
-
-def checksum(data: memoryview | bytes | Any) -> int:
-    """Of a whole slice: the checksum of those of its chunks."""
-    view = memoryview(data)
-    return join(digest(view[start : start + CHUNK]) for start in range(0, view.nbytes, CHUNK))
 
 
 def digest(chunk: memoryview | bytes) -> int:

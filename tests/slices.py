@@ -7,6 +7,14 @@ from collections.abc import Iterator
 from rollout import frames
 
 
+def checksum(data: memoryview | bytes) -> int:
+    """Of a whole slice: the checksum of those of its chunks."""
+    view = memoryview(data)
+    return frames.join(
+        frames.digest(view[start : start + frames.CHUNK]) for start in range(0, view.nbytes, frames.CHUNK)
+    )
+
+
 def slice_frames(
     push: int, tensor: int, slice_: int, data: memoryview, ranges: list[tuple[int, int]]
 ) -> Iterator[frames.Frame]:
@@ -15,4 +23,4 @@ def slice_frames(
         for offset in range(start, start + length, frames.MAX_PAYLOAD):
             stop = min(offset + frames.MAX_PAYLOAD, start + length)
             yield frames.frame(push, tensor, slice_, offset, data[offset:stop])
-    yield frames.end(push, tensor, slice_, data.nbytes, frames.checksum(data))
+    yield frames.end(push, tensor, slice_, data.nbytes, checksum(data))

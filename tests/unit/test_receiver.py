@@ -13,7 +13,7 @@ from rollout.manifest import BadManifest, Refused, Slice, check_slices
 from rollout.receiver import Corrupt, Key, NotOpen, Range, StaleLearner, State
 from rollout.staging import NoMemory
 from rollout.types import TensorSpec
-from tests.slices import slice_frames
+from tests.slices import checksum, slice_frames
 from tests.unit.receiver_cases import KEY, SPECS, WHOLE, frames_for, go_live, make, stage, values
 
 
@@ -122,7 +122,7 @@ def test_wrong_slice_checksum_is_named_and_sent_again():
     data = values()
     wrong = [data[0], bytes(6), data[2]]
     stage(receiver, data=wrong)
-    receiver.frame(frames.end(KEY.push_id, 1, 0, 6, frames.checksum(data[1])))
+    receiver.frame(frames.end(KEY.push_id, 1, 0, 6, checksum(data[1])))
     with pytest.raises(Corrupt, match="'b' do not have the sender's checksum"):
         receiver.prepare(KEY)
     assert receiver.missing() == [Range(1, 0, 0, 6)]
@@ -153,7 +153,7 @@ def test_the_checksum_is_of_what_lies_there_whatever_came_in_pieces(pieces):
             if not known.issuperset(spots):
                 memory[start : spots.stop] = source[start : spots.stop]
                 known.update(spots)
-        receiver.frame(frames.end(KEY.push_id, 0, 0, 96, frames.checksum(right)))
+        receiver.frame(frames.end(KEY.push_id, 0, 0, 96, checksum(right)))
         if memory == right:
             receiver.prepare(KEY)
             assert receiver.start_apply(KEY)["a"].tobytes() == right

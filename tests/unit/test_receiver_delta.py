@@ -6,6 +6,7 @@ import pytest
 from rollout import delta, frames
 from rollout.manifest import BadManifest, Slice
 from rollout.receiver import Corrupt, Key, Range, State
+from tests.slices import checksum
 from tests.unit.receiver_cases import KEY, SPECS, WHOLE, frames_for, go_live, make, stage, values
 
 
@@ -27,7 +28,7 @@ def delta_frames(key, old, new, ranges, digests=None):
             a, b = (np.frombuffer(data[r.tensor][start:end], np.uint8) for data in (old, new))
             payload = memoryview(delta.encode(a, b, width)[0])
             yield frames.frame(key.push_id, r.tensor, 0, start, payload, frames.DELTA)
-        digest = frames.checksum((digests or new)[r.tensor])
+        digest = checksum((digests or new)[r.tensor])
         size = len(new[r.tensor])
         yield frames.end(key.push_id, r.tensor, 0, size, digest)
 

@@ -26,6 +26,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _KEEP_BYTES = 2**28
 _LARGE_HEAP_BYTES = 2**30
 _FRAME_BYTES = 2**22
+_keeps = False
 
 
 def keep_freed_memory() -> bool:
@@ -38,7 +39,9 @@ def keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
     settings = ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, _KEEP_BYTES), (_M_TRIM_THRESHOLD, 2 * _KEEP_BYTES))
     _give_back_after_compiling()
-    return all([mallopt(name, value) for name, value in settings])
+    global _keeps
+    _keeps = all([mallopt(name, value) for name, value in settings])
+    return _keeps
 
 
 def keep_freed_frames() -> bool:
@@ -51,9 +54,10 @@ def keep_freed_frames() -> bool:
 
 
 def give_back_surplus() -> None:
-    """Gives back what lies free between blocks of a large heap, which nothing else does; call it before each step. A heap has
-    holes that do not fit what comes next: 600 MB after a 78M model's first step. A small heap keeps them, see above."""
-    heap = _heap_bytes()
+    """After `keep_freed_memory`, gives back what lies free between blocks of a large heap, which nothing else does; call it
+    before each step. There are holes that do not fit what comes next: 600 MB after a 78M model's first step. A small heap
+    keeps them, see above."""
+    heap = _heap_bytes() if _keeps else None
     if heap is not None and heap() > _LARGE_HEAP_BYTES:
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -116,8 +116,8 @@ def finish_block(
     config: ModelConfig, layer: Params, x: Float[Array, "B S D"], attended: Float[Array, "B S H h"], lean: bool = False
 ) -> Float[Array, "B S D"]:
     """The rest of a layer after attention: output projection, then the SwiGLU MLP, each added to the residual. A `lean` one
-    keeps only two arrays of the MLP's width for the backward pass, which makes the other two of them again: writing and
-    reading four takes longer."""
+    keeps only two arrays of the MLP's width for the backward pass, which makes the other two of them again: on a CPU writing
+    and reading four takes longer."""
     (mixed,) = linear(layer, ("o",), attended.reshape(*x.shape[:-1], -1))
     x = checkpoint_name(x + mixed, KEPT)
     normed = rms_norm(x, layer["mlp_norm"], config.rms_norm_eps)

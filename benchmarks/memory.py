@@ -57,7 +57,7 @@ class WithoutHead(Program):
         return TokenLogprobs(value, jnp.zeros_like(value), value > 0)
 
     def _picked(self, params: Params, batch: dict[str, Array]) -> Array:
-        places = batch["tokens"], batch["positions"], batch["segment_ids"]
+        places = batch["tokens"], batch["positions"], batch["reach"]
         hidden = forward(self.model_config, params, *places, self._compute)
         return jnp.take_along_axis(hidden.reshape(1, -1, hidden.shape[-1]), batch["index"][..., None], axis=1)
 
@@ -111,7 +111,7 @@ def case(args: argparse.Namespace) -> dict[str, float]:
         "index": jnp.arange(args.tokens, dtype=jnp.int32)[None, None],
         "count": jnp.full(1, args.tokens, jnp.int32),
     }
-    arrays |= {"segment_ids": arrays["segment_ids"] + 1, "mask": ~arrays["mask"], "weights": arrays["weights"] + 1}
+    arrays |= {"reach": arrays["reach"] + ROW, "mask": ~arrays["mask"], "weights": arrays["weights"] + 1}
     carried: Any = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (gradients, sums))
     for _ in range(args.rounds):
         started = time.perf_counter()

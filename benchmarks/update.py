@@ -62,6 +62,9 @@ TUNIX = "Tunix 0.1.7, padded"
 PEERS = {TRL: "trl_peer.py", TUNIX: "tunix_peer.py"}
 
 
+GROUP = 8  # episodes of a question
+
+
 class Work(NamedTuple):
     model: ModelConfig
     episodes: int
@@ -89,22 +92,26 @@ WORK = {
 
 
 def make_episodes(work: Work, seed: int = 0) -> list[Trajectory]:
-    """Episodes of the wanted lengths: a prompt of a third, then turns of sampled tokens with observations in between."""
+    """Episodes of the wanted lengths, eight a question: its prompt, a third of their tokens, then turns of sampled tokens
+    with observations in between."""
     rng = np.random.default_rng(seed)
     spread = rng.beta(1.2, 1.2 * (work.longest - work.mean) / (work.mean - work.shortest), work.episodes)
     lengths = (work.shortest + spread * (work.longest - work.shortest)).round().astype(int)
     lengths[:2] = work.shortest, work.longest
     out = []
     for i, length in enumerate(lengths):
-        ids = rng.integers(0, work.model.vocab_size, length).tolist()
-        prompt = int(length) // 3
+        if i % GROUP == 0:
+            group = lengths[i : i + GROUP]
+            prompt = min(int(group.mean()) // 3, int(group.min()) - 8)
+            question = rng.integers(0, work.model.vocab_size, prompt).tolist()
+        ids = question + rng.integers(0, work.model.vocab_size, length - prompt).tolist()
         mask = [int(position % 32 < 20) for position in range(length - prompt)]
         logprobs = [-np.log(work.model.vocab_size) * m for m in mask]
         out.append(
             Trajectory(
-                str(i // 8),
+                str(i // GROUP),
                 "benchmark",
-                i % 8,
+                i % GROUP,
                 ids[:prompt],
                 ids[prompt:],
                 mask,

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from rollout.types import Trajectory
 from sqlrl_jax.config import Config, LoraConfig, PolicyConfig
-from sqlrl_jax.data.packing import PackedBatch, by_question, pack_for, samples_of
+from sqlrl_jax.data.packing import PackedBatch, by_question, samples_of
 from sqlrl_jax.mesh import constrain
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.params import Params, ParamSpec, param_specs
@@ -148,8 +148,7 @@ class Critic:
         }
 
     def _packed(self, trajectories: Sequence[Trajectory]) -> PackedBatch:
-        samples = samples_of(trajectories, [0.0] * len(trajectories), "token_mean")
-        return pack_for(self.config.trainer.policy, samples, self._stepper.program.shards)
+        return self._stepper.program.pack(samples_of(trajectories, [0.0] * len(trajectories), "token_mean"))
 
 
 def _mean(parts: Sequence[np.ndarray]) -> float:

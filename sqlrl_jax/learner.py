@@ -29,7 +29,7 @@ from sqlrl_jax.config import Config, ConfigError, TrainerConfig
 from sqlrl_jax.config_algorithm import AlgorithmConfig
 from sqlrl_jax.config_lora import LoraConfig
 from sqlrl_jax.critic import Critic
-from sqlrl_jax.data.packing import PackedBatch, Sample, by_question, pack, pack_for, samples_of
+from sqlrl_jax.data.packing import PackedBatch, by_question, pack, samples_of
 from sqlrl_jax.mesh import make_mesh
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.hf import load_hf
@@ -238,11 +238,8 @@ class Learner:
         return out
 
     def _evaluate(self, trajectories: Sequence[Trajectory], model: Params | None) -> list[np.ndarray]:
-        packed = self._pack(samples_of(trajectories, [0.0] * len(trajectories), "token_mean"))
+        packed = self._stepper.program.pack(samples_of(trajectories, [0.0] * len(trajectories), "token_mean"))
         return packed.per_sample([np.asarray(out.logprobs) for out in self._stepper.scored(packed, model)])
-
-    def _pack(self, samples: list[Sample]) -> PackedBatch:
-        return pack_for(self.config.trainer.policy, samples, self._stepper.program.shards)
 
     def _minibatches(
         self, trajectories: Sequence[Trajectory], advantages: Advantages
@@ -262,7 +259,7 @@ class Learner:
                 algorithm.loss_reduction,
                 algorithm.max_seq_len,
             )
-            out.append((chosen, self._pack(samples)))
+            out.append((chosen, self._stepper.program.pack(samples)))
         return out
 
     def _left_out(self, trajectory: Trajectory) -> bool:
@@ -290,7 +287,8 @@ class Learner:
         counted = {
             "policy/tokens": float(sum(b.tokens for b in batches)),
             "policy/trained_tokens": float(sum(b.trained_tokens for b in batches)),
-            "policy/padding_fraction": 1.0 - _ratio(sum(b.tokens for b in batches), sum(b.capacity for b in batches)),
+            "policy/shared_fraction": 1.0 - _ratio(sum(b.stored for b in batches), sum(b.tokens for b in batches)),
+            "policy/padding_fraction": 1.0 - _ratio(sum(b.stored for b in batches), sum(b.capacity for b in batches)),
             "policy/optimizer_steps": float(len(steps)),
             "policy/skipped_steps": float(sum(int(m["skipped"]) for _, m in steps)),
             "policy/compiles": float(self._compiled.programs),

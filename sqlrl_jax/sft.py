@@ -32,7 +32,8 @@ from sqlrl_jax.allocator import keep_freed_memory
 from sqlrl_jax.config import Config
 from sqlrl_jax.data.demo.generate import Parameters, corpus, generate
 from sqlrl_jax.data.demo.tokenizer import train_tokenizer
-from sqlrl_jax.data.packing import PackedBatch, Sample, assign_rows, pack_for
+from sqlrl_jax.data.packing import PackedBatch, Sample, pack_for
+from sqlrl_jax.data.rows import assign_rows
 from sqlrl_jax.data.tasks import read_tasks
 from sqlrl_jax.display import Display, duration
 from sqlrl_jax.mesh import make_mesh
@@ -201,7 +202,7 @@ class ColdStart:
             samples = [samples[i] for row in rows for i in row]
             places = iter(range(len(samples)))
             rows = [[next(places) for _ in row] for row in rows]
-        return pack_for(self.config.trainer.policy, samples, self.stepper.program.shards, rows)
+        return pack_for(self.config.trainer.policy, samples, self.stepper.program.shards, rows=rows)
 
 
 def fresh_model(config: Config, chat: Chat) -> ModelConfig:

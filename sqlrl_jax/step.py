@@ -30,10 +30,12 @@ from jaxtyping import Array, Float
 from sqlrl_jax.allocator import give_back_surplus
 from sqlrl_jax.config import PolicyConfig
 from sqlrl_jax.config_lora import targets
-from sqlrl_jax.data.packing import Arrays, PackedBatch, batch_shapes, check_rows
+from sqlrl_jax.data.packing import Arrays, PackedBatch, Sample, batch_shapes, pack_for
+from sqlrl_jax.data.rows import check_rows
 from sqlrl_jax.mesh import RULES, batch_sharding, in_host_memory, platform_of, replicated
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.decoder import Compute, forward, unembedding
+from sqlrl_jax.model.kernels import takes_shared_rows
 from sqlrl_jax.model.layout import layout_for
 from sqlrl_jax.model.lora import frozen_specs, join, trained_specs
 from sqlrl_jax.model.params import Params, ParamSpec, abstract_specs, param_specs, spec_shardings
@@ -91,6 +93,8 @@ class Program:
         self._objective, self._temperature = objective, temperature
         self.run_length = _RUN_LENGTH if platform_of(mesh) == "cpu" else 1
         self._compute = Compute(policy.compute_dtype, policy.remat, mesh)
+        kernel = platform_of(mesh), jnp.dtype(policy.compute_dtype), model_config.head_dim
+        self.shares_prefixes = policy.share_prefixes and takes_shared_rows(*kernel)
         self.trained, self.frozen = self._declared()
         lora = policy.model.lora
         self._layout = layout_for(
@@ -101,7 +105,7 @@ class Program:
         self.shardings = self._state_shardings()
         slots = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
         self.batch_shardings = {
-            **dict.fromkeys(("tokens", "positions", "segment_ids"), batch_sharding(mesh)),
+            **dict.fromkeys(("tokens", "positions", "reach"), batch_sharding(mesh)),
             **dict.fromkeys(("index", "targets", "mask", "episodes", "selected"), slots),
             **dict.fromkeys(("rollout_logprobs", "old_logprobs", "reference_logprobs", "advantages", "weights"), slots),
             **dict.fromkeys(("old_values", "returns"), slots),
@@ -147,6 +151,10 @@ class Program:
         resting = in_host_memory(self._moments) if self.policy.offload_optimizer else self._moments
         return State(by_parameter, resting, everywhere, everywhere)
 
+    def pack(self, samples: Sequence[Sample]) -> PackedBatch:
+        """Samples in the rows of the configuration, as the functions take them."""
+        return pack_for(self.policy, samples, self.shards, self.shares_prefixes)
+
     # What the functions are lowered with where there are no arrays.
 
     def abstract_params(self) -> Params:
@@ -188,7 +196,7 @@ class Program:
         return join(frozen, params, self.policy.model.lora)
 
     def _hidden(self, params: Params, batch: dict[str, Array]) -> Float[Array, "rows tokens dim"]:
-        places = batch["tokens"], batch["positions"], batch["segment_ids"]
+        places = batch["tokens"], batch["positions"], batch["reach"]
         return forward(self.model_config, params, *places, self._compute)
 
     def _outputs(self, params: Params, batch: dict[str, Array], temperature: float | None = None) -> TokenLogprobs:

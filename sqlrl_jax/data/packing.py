@@ -1,9 +1,11 @@
 """Episodes of any length → packed rows, in micro-batches of one shape or of a few.
 
-Padding was 40% of the tokens of a padded batch, so several episodes share a row: segment ids keep them apart in attention
-and positions restart for each. Beside the rows lies a flat list of the trained tokens: where the hidden state is that
-predicts each, the token itself, and what the loss needs. The head then runs on those alone. Everything here is NumPy on
-the host, and the same input always gives the same arrays.
+Padding was 40% of the tokens of a padded batch, so several episodes share a row. A token's reach keeps them apart in
+attention: the place in the row from which it is not seen any more, the end of its episode, or of the last one that begins
+with it (rows.py says which share a row, and what of them is stored once). Positions restart for each episode. Beside the
+rows lies a flat list of the trained tokens: where the hidden state is that predicts each, the token itself, and what the
+loss needs. The head then runs on those alone. Everything here is NumPy on the host, and the same input always gives the
+same arrays.
 
 A token of a long row costs more attention than one of a short row, whatever shares the row with it, so rows may have a few
 lengths: each is one more program to compile. All micro-batches hold the same number of tokens, in fewer long rows or more
@@ -12,10 +14,9 @@ short ones. Left out: cutting an episode over two rows (its tail would not see i
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -23,7 +24,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from rollout.types import Trajectory
-from sqlrl_jax.config import ConfigError, PolicyConfig
+from sqlrl_jax.config import PolicyConfig
+from sqlrl_jax.data.rows import Rows, apart, assign_buckets, check_rows, common_prefix, trie
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,14 @@ class Sample:
     weights: Float[np.ndarray, " n"]
     divisor: float | None = None
 
+    @property
+    def own(self) -> int:
+        """From where on its tokens are not stored once with another's: the first that is trained."""
+        return int(np.argmax(self.trained)) if self.trained.any() else len(self.tokens)
+
 
 # What a compiled step takes: rows [rows, row_tokens] and slots of trained tokens [shards, slots].
 Arrays = dict[str, np.ndarray]
-# The samples of each row of one length.
-Rows = list[list[int]]
-
-# How full the rows of a shorter length must at least be: the first of these with the least attention is taken.
-_FILLS = (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8)
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class PackedBatch:
     """A minibatch in micro-batches of one shape for each length of row.
 
     `owners[m]` [shards, slots] is the sample of each slot of micro-batch m, -1 where padded; inside one sample the slots
-    are in the order of its tokens.
+    are in the order of its tokens. `tokens` are those of the samples, `stored` those of the rows, where what samples begin
+    with may stand once.
     """
 
     micro_batches: list[Arrays]
@@ -65,12 +68,9 @@ class PackedBatch:
     total_weight: float
     samples: int
     tokens: int
+    stored: int
     trained_tokens: int
-    capacity: int = field(default=0)
-
-    @property
-    def padding_fraction(self) -> float:
-        return 1.0 - self.tokens / self.capacity if self.capacity else 0.0
+    capacity: int
 
     def per_sample(self, values: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Values of trained tokens, one [shards, slots] array a micro-batch, back to one array a sample."""
@@ -179,72 +179,6 @@ def _check(trajectory: Trajectory) -> None:
         )
 
 
-def assign_rows(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
-    """Which samples share each row: best-fit decreasing, so rows are at most 11/9 of the fewest possible plus one.
-
-    Longest first; each goes into the fullest row that still has room. Ties go by index, so the result is a function of
-    the lengths alone.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    rows: Rows = []
-    by_room: dict[int, deque[int]] = {}  # open rows with exactly this much room
-    rooms: list[int] = []  # its keys in order
-    for i in order:
-        place = bisect_left(rooms, lengths[i])
-        if place == len(rooms):
-            row, room = len(rows), row_tokens
-            rows.append([])
-        else:
-            room = rooms[place]
-            row = by_room[room].popleft()
-            if not by_room[room]:
-                del by_room[room], rooms[place]
-        rows[row].append(i)
-        left = room - lengths[i]
-        if left not in by_room:
-            by_room[left] = deque()
-            insort(rooms, left)
-        by_room[left].append(row)
-    return rows
-
-
-def assign_buckets(
-    lengths: Sequence[int], row_tokens: int, rows_per_micro_batch: int, buckets: Sequence[int]
-) -> list[tuple[int, Rows]]:
-    """Rows of `row_tokens` and of the shorter lengths `buckets`, as (length, rows): as few micro-batches as a plan of this
-    kind can have, and among those as short rows as possible.
-
-    A plan fills short rows first, from the shortest length up, and keeps those that make whole micro-batches and are full
-    to a threshold; what is left goes on to longer rows. Several thresholds are tried.
-    """
-    budget = row_tokens * rows_per_micro_batch
-    plans = [[(row_tokens, assign_rows(lengths, row_tokens))]]
-    plans += [_plan(lengths, row_tokens, budget, sorted(buckets), fill) for fill in _FILLS if buckets]
-
-    def cost(plan: list[tuple[int, Rows]]) -> tuple[int, int]:
-        counts = [(length, -(-len(rows) * length // budget)) for length, rows in plan]
-        return sum(n for _, n in counts), sum(n * length for length, n in counts)
-
-    return min(plans, key=cost)
-
-
-def _plan(
-    lengths: Sequence[int], row_tokens: int, budget: int, buckets: Sequence[int], fill: float
-) -> list[tuple[int, Rows]]:
-    rest, plan = list(range(len(lengths))), []
-    for length in buckets:
-        fitting = [i for i in rest if lengths[i] <= length]
-        rows = [[fitting[j] for j in row] for row in assign_rows([lengths[i] for i in fitting], length)]
-        used = [sum(lengths[i] for i in row) for row in rows]
-        fullest = sorted((r for r in range(len(rows)) if used[r] >= fill * length), key=lambda r: (-used[r], r))
-        kept = [rows[r] for r in fullest[: len(fullest) * length // budget * budget // length]]
-        taken = {i for row in kept for i in row}
-        rest = [i for i in rest if i not in taken]
-        plan.append((length, kept))
-    last = [[rest[j] for j in row] for row in assign_rows([lengths[i] for i in rest], row_tokens)]
-    return [(length, rows) for length, rows in [(row_tokens, last), *reversed(plan)] if rows]
-
-
 def pack(
     samples: Sequence[Sample],
     *,
@@ -253,14 +187,16 @@ def pack(
     slot_multiple: int,
     shards: int = 1,
     buckets: Sequence[int] = (),
+    share: bool = False,
     rows: Rows | None = None,
 ) -> PackedBatch:
     """Packs samples into micro-batches of `rows_per_micro_batch` rows, spread evenly over `shards` parts of the devices.
 
     Every micro-batch has the same shapes whatever the samples: the slots can hold every token of a shard's rows, rounded
     up to `slot_multiple` (the chunk of rl/logprobs.py); `count` says how many are used. `buckets` are shorter lengths that
-    rows may have, as many rows more to a micro-batch. `rows` are the samples of each row where the caller has assigned
-    them. Raises ValueError naming the sample when one is longer than a row.
+    rows may have, as many rows more to a micro-batch. With `share`, what samples of a row begin with is stored once. `rows`
+    are the samples of each row where the caller has assigned them; nothing is shared there. Raises ValueError naming the
+    sample when one is longer than a row.
     """
     check_rows(row_tokens, rows_per_micro_batch, shards, buckets)
     for sample in samples:
@@ -269,15 +205,19 @@ def pack(
                 f"{sample.name}: {len(sample.tokens)} tokens do not fit a row of trainer.policy.row_tokens {row_tokens}; "
                 f"raise it to at least the prompt plus the response (generator.max_input_length + max_generate_length)"
             )
+    share = share and rows is None
     if rows is None:
-        plan = assign_buckets([len(s.tokens) for s in samples], row_tokens, rows_per_micro_batch, buckets)
+        lengths, own = [len(s.tokens) for s in samples], [s.own for s in samples]
+        sequences = trie([s.tokens for s in samples], own) if share else apart(lengths)
+        plan = assign_buckets(sequences, row_tokens, rows_per_micro_batch, buckets)
     else:
         plan = [(row_tokens, rows)]
-    micro_batches, owners = [], []
+    micro_batches, owners, stored = [], [], 0
     for length, of_length in plan:
         count = row_tokens * rows_per_micro_batch // length
         for part in _deal(of_length, samples, count, shards):
-            arrays, owner = _fill(part, samples, length, count, slot_multiple)
+            arrays, owner, used = _fill(part, samples, length, count, slot_multiple, share)
+            stored += used
             micro_batches.append(arrays)
             owners.append(owner)
     return PackedBatch(
@@ -286,12 +226,15 @@ def pack(
         total_weight=float(sum(_divisor(s) for s in samples)),
         samples=len(samples),
         tokens=sum(len(s.tokens) for s in samples),
+        stored=stored,
         trained_tokens=sum(int(m["mask"].sum()) for m in micro_batches),
         capacity=len(micro_batches) * rows_per_micro_batch * row_tokens,
     )
 
 
-def pack_for(policy: PolicyConfig, samples: Sequence[Sample], shards: int, rows: Rows | None = None) -> PackedBatch:
+def pack_for(
+    policy: PolicyConfig, samples: Sequence[Sample], shards: int, share: bool = False, rows: Rows | None = None
+) -> PackedBatch:
     """`pack` into the rows of the configuration."""
     return pack(
         samples,
@@ -300,25 +243,9 @@ def pack_for(policy: PolicyConfig, samples: Sequence[Sample], shards: int, rows:
         slot_multiple=policy.logprob_chunk,
         shards=shards,
         buckets=policy.buckets if rows is None else (),
+        share=share,
         rows=rows,
     )
-
-
-def check_rows(row_tokens: int, rows: int, shards: int, buckets: Sequence[int], sequence: int = 1) -> None:
-    """Raises ConfigError where rows of these lengths cannot be dealt evenly to `shards` parts of a batch, or a row's tokens
-    to the `sequence` devices that share it."""
-    parts = f"the {shards} parts the mesh splits a batch into (data x fsdp)"
-    if rows % shards:
-        raise ConfigError(f"trainer.policy.rows_per_micro_batch {rows} must be a multiple of {parts}")
-    for length in buckets:
-        if not 0 < length < row_tokens or rows * row_tokens % (length * shards):
-            raise ConfigError(
-                f"trainer.policy.row_buckets: {length} must be less than row_tokens {row_tokens} and divide the tokens of "
-                f"a micro-batch, {rows} x {row_tokens}, into a number of rows that is a multiple of {parts}"
-            )
-    for name, length in [("row_tokens", row_tokens), *(("row_buckets", length) for length in buckets)]:
-        if length % sequence:
-            raise ConfigError(f"trainer.policy.{name}: {length} must be a multiple of trainer.mesh.sequence {sequence}")
 
 
 def batch_shapes(
@@ -327,7 +254,7 @@ def batch_shapes(
     """Shape and dtype of every array of a micro-batch as `pack` makes it."""
     slots = (shards, -(-(rows // shards) * row_tokens // slot_multiple) * slot_multiple)
     return {
-        **dict.fromkeys(("tokens", "positions", "segment_ids"), ((rows, row_tokens), np.int32)),
+        **dict.fromkeys(("tokens", "positions", "reach"), ((rows, row_tokens), np.int32)),
         **dict.fromkeys(("index", "targets", "episodes"), (slots, np.int32)),
         **dict.fromkeys(("rollout_logprobs", "advantages", "weights"), (slots, np.float32)),
         "mask": (slots, np.bool_),
@@ -362,28 +289,32 @@ def _deal(
 
 
 def _fill(
-    part: list[list[list[int]]], samples: Sequence[Sample], row_tokens: int, n_rows: int, slot_multiple: int
-) -> tuple[Arrays, np.ndarray]:
+    part: list[list[list[int]]],
+    samples: Sequence[Sample],
+    row_tokens: int,
+    n_rows: int,
+    slot_multiple: int,
+    share: bool,
+) -> tuple[Arrays, np.ndarray, int]:
+    """The arrays of a micro-batch, the owners of its slots, and how many tokens its rows hold."""
     shards = len(part)
     per_shard = n_rows // shards
     shapes = batch_shapes(n_rows, row_tokens, slot_multiple, shards)
     arrays: Arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
+    arrays["reach"][:] = row_tokens  # padding sees padding, so that it stays finite
     owner = np.full(arrays["index"].shape, -1, np.int32)
-    used = [0] * shards
+    used, stored = [0] * shards, 0
     for shard, shard_rows in enumerate(part):
         episode = 0
         for r, row in enumerate(shard_rows):
-            start = 0
-            for segment, i in enumerate(row, start=1):
+            here = {name: arrays[name][shard * per_shard + r] for name in ("tokens", "positions", "reach")}
+            paths, end = _store(here, [samples[i] for i in row], share)
+            stored += end
+            for i, path in zip(row, paths, strict=True):
                 sample = samples[i]
-                n = len(sample.tokens)
-                span = (shard * per_shard + r, slice(start, start + n))
-                arrays["tokens"][span] = sample.tokens
-                arrays["positions"][span] = np.arange(n)
-                arrays["segment_ids"][span] = segment
                 at = np.flatnonzero(sample.trained[1:]) + 1  # the token at `at` is predicted one place before
                 to = (shard, slice(used[shard], used[shard] + len(at)))
-                arrays["index"][to] = r * row_tokens + start + at - 1
+                arrays["index"][to] = r * row_tokens + path[at - 1]
                 arrays["targets"][to] = sample.tokens[at]
                 for name in ("rollout_logprobs", "advantages", "weights"):
                     arrays[name][to] = getattr(sample, name)[at]
@@ -392,5 +323,20 @@ def _fill(
                 owner[to] = i
                 episode += 1
                 used[shard] += len(at)
-                start += n
-    return arrays | {"count": np.asarray(max(used), np.int32)}, owner
+    return arrays | {"count": np.asarray(max(used), np.int32)}, owner, stored
+
+
+def _store(row: Arrays, samples: Sequence[Sample], share: bool) -> tuple[list[np.ndarray], int]:
+    """Writes samples into a row, with `share` each without what it and the one before it begin with. Returns the place in
+    the row of each token of each sample, and how many places are taken."""
+    start, paths = 0, [np.zeros(0, np.int32)]
+    for before, sample in zip([None, *samples], samples, strict=False):
+        common = min(common_prefix(before.tokens, sample.tokens), sample.own) if share and before else 0
+        row["reach"][paths[-1][common:]] = start
+        end = start + len(sample.tokens) - common
+        row["tokens"][start:end] = sample.tokens[common:]
+        row["positions"][start:end] = np.arange(common, len(sample.tokens))
+        paths.append(np.concatenate([paths[-1][:common], np.arange(start, end, dtype=np.int32)]))
+        start = end
+    row["reach"][paths[-1]] = start
+    return paths[1:], start

@@ -1,4 +1,7 @@
-"""Causal attention inside the segments of packed rows, with grouped key/value heads.
+"""Causal attention over packed rows, in which every token is seen up to its reach, with grouped key/value heads.
+
+Reach is the place in the row from which a token is not seen any more (data/packing.py): the end of its sequence, or of the
+last sequence that begins with it where several do.
 
 Plain XLA with a float32 softmax. Keys and values are never repeated: the query heads of a group become more rows of one
 matrix product. Queries go in a few blocks that each see only the keys up to their own end, which saves almost half of
@@ -19,26 +22,23 @@ MASKED = -1e30
 _BLOCK, _MAX_BLOCKS = 64, 8
 
 
-def segment_mask(
-    query_segments: Int[Array, "B S"], key_segments: Int[Array, "B T"], first_query: int = 0
-) -> Bool[Array, "B S T"]:
-    """True where a query may see a key: the same segment and not later in the row, in which the queries start at
-    `first_query` and the keys at 0. Padding (segment 0) sees padding, itself at least, so that its rows stay finite."""
-    queries = first_query + jnp.arange(query_segments.shape[1])
-    causal = queries[:, None] >= jnp.arange(key_segments.shape[1])
-    return causal & (query_segments[:, :, None] == key_segments[:, None, :])
+def reach_mask(reach: Int[Array, "B T"], first_query: int, queries: int) -> Bool[Array, "B S T"]:
+    """True where a query may see a key: the key is not later in the row and reaches beyond the query. The `queries` start
+    at place `first_query`, the keys at 0. Every query must see itself at least, so that its row stays finite."""
+    query = first_query + jnp.arange(queries)[:, None]
+    return (query >= jnp.arange(reach.shape[1])) & (query < reach[:, None, :])
 
 
 @jax.custom_vjp
-def segment_attention(
+def row_attention(
     q: Float[Array, "B S H h"],
     k: Float[Array, "B S KV h"],
     v: Float[Array, "B S KV h"],
-    segment_ids: Int[Array, "B S"],
+    reach: Int[Array, "B S"],
 ) -> Float[Array, "B S H h"]:
-    """softmax(q k^T / sqrt(h)) v, where each token of a packed row sees its own segment up to itself; H is a multiple of
-    KV."""
-    return _forward(q, k, v, segment_ids)[0]
+    """softmax(q k^T / sqrt(h)) v, where each token sees those before it in its row that reach beyond it, and itself; H is a
+    multiple of KV."""
+    return _forward(q, k, v, reach)[0]
 
 
 # Queries [B KV S G h], scaled; keys and values [B KV S h]; of each block exp(score - largest) [B KV blockxG keys] and its
@@ -62,7 +62,7 @@ def _rows(x: Array, start: int, end: int) -> Array:
     return part.reshape(*part.shape[:2], -1, part.shape[-1])
 
 
-def _forward(q: Array, k: Array, v: Array, segment_ids: Array) -> tuple[Array, _Saved]:
+def _forward(q: Array, k: Array, v: Array, reach: Array) -> tuple[Array, _Saved]:
     kv_heads = k.shape[2]
     queries = _by_head(q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), kv_heads)
     keys, values = (x.swapaxes(1, 2) for x in (k, v))
@@ -71,7 +71,7 @@ def _forward(q: Array, k: Array, v: Array, segment_ids: Array) -> tuple[Array, _
     for start, end in _blocks(length):
         rows = _rows(queries, start, end)
         scores = jnp.einsum("bkqh,bkth->bkqt", rows, keys[:, :, :end], preferred_element_type=jnp.float32)
-        mask = segment_mask(segment_ids[:, start:end], segment_ids[:, :end], start)[:, None, :, None]
+        mask = reach_mask(reach[:, :end], start, end - start)[:, None, :, None]
         scores = jnp.where(mask, scores.reshape(batch, kv_heads, end - start, groups, end), MASKED)
         exponent = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)).reshape(*rows.shape[:3], end)
         total = jnp.sum(exponent, axis=-1, keepdims=True)
@@ -112,4 +112,4 @@ def _backward(saved: _Saved, gradient: Array) -> tuple[Array, Array, Array, None
     )
 
 
-segment_attention.defvjp(_forward, _backward)
+row_attention.defvjp(_forward, _backward)

@@ -1,7 +1,7 @@
 """The decoder of Qwen2, Qwen3 and Llama: pre-norm blocks, grouped-query attention, RoPE, RMSNorm, SwiGLU.
 
 The arithmetic is pure functions of (config, one layer's parameters, activations); `Decoder` is the Flax NNX module that
-owns the parameters. Attention is passed in as a function of q, k and v, so training (segments of packed rows) and cached
+owns the parameters. Attention is passed in as a function of q, k and v, so training (packed rows) and cached
 decoding (sampler.py) share every other line. Statistics, RoPE angles and
 the residual's norm are float32; everything else runs in the compute dtype.
 Left out: the logits. They are never needed whole; the head is applied to the trained or the last tokens only.
@@ -179,17 +179,17 @@ def forward(
     params: Params,
     tokens: Int[Array, "B S"],
     positions: Int[Array, "B S"],
-    segment_ids: Int[Array, "B S"],
+    reach: Int[Array, "B S"],
     compute: Compute | None = None,
 ) -> Float[Array, "B S D"]:
-    """Hidden states after the final norm. Rows may hold several segments (ids from 1; 0 is padding); each token sees
-    its own segment up to itself; `positions` count from 0 inside each segment."""
+    """Hidden states after the final norm. Rows may hold several sequences; each token sees itself and those before it in
+    its row whose `reach` is beyond it; `positions` count from 0 inside each sequence. See data/packing.py."""
     compute = compute or Compute()
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return sharded_attention(q, k, v, segments, compute.mesh)
+        return sharded_attention(q, k, v, whole, compute.mesh)
 
-    segments = constrain(segment_ids, compute.mesh, ("batch", None))  # each device attends over whole rows
+    whole = constrain(reach, compute.mesh, ("batch", None))  # each device attends over whole rows
     x = embed(params, tokens, compute)
     x = run_layers(config, params["layers"], x, rope_table(config, positions), attend, compute)
     return final_norm(config, params, x)
@@ -223,10 +223,10 @@ class Decoder(nnx.Module):
         return nnx.to_pure_dict(nnx.state(self, nnx.Param))
 
     def __call__(
-        self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"], segment_ids: Int[Array, "B S"]
+        self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"], reach: Int[Array, "B S"]
     ) -> Float[Array, "B S D"]:
         """See `forward`."""
-        return forward(self.config, self.params(), tokens, positions, segment_ids, self.compute)
+        return forward(self.config, self.params(), tokens, positions, reach, self.compute)
 
     def unembed(self) -> Float[Array, "D V"]:
         """See `unembedding`."""

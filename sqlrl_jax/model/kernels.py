@@ -1,9 +1,9 @@
 """Attention of whole packed rows on one device: the kernel that suits the platform.
 
 CPU: the plain XLA blocks of attention.py. TPU: splash attention (Pallas), which skips what the causal mask hides and never
-holds the scores. GPU: cuDNN's flash attention, block by block, because through jax's public function it takes segments
-as a mask only. Left out: the fused backward pass of splash attention, which holds a partial gradient of the queries for
-each block of keys: too much for long rows.
+holds the scores. GPU: cuDNN's flash attention, block by block, because through jax's public function it takes what
+a row's sequences may see as a mask only. Left out: the fused backward pass of splash attention, which holds a partial
+gradient of the queries for each block of keys: too much for long rows.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Float, Int
 
-from sqlrl_jax.model.attention import segment_attention, segment_mask
+from sqlrl_jax.model.attention import reach_mask, row_attention
 
-# (q, k, v, segment_ids) of whole rows → attended; H is a multiple of KV.
+# (q, k, v, reach) of whole rows → attended; H is a multiple of KV.
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 # What remat "attention" keeps of a layer goes by this name.
@@ -38,11 +38,16 @@ def kernel_for(platform: str, dtype: jnp.dtype, head_dim: int) -> Kernel:
         return splash_attention
     if platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128:
         return partial(_kept, cudnn_attention)
-    return partial(_kept, segment_attention)
+    return partial(_kept, row_attention)
 
 
-def _kept(kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    return checkpoint_name(kernel(q, k, v, segment_ids), KEPT)
+def takes_shared_rows(platform: str, dtype: jnp.dtype, head_dim: int) -> bool:
+    """Whether the kernel is right for rows in which several sequences go on from one beginning."""
+    return kernel_for(platform, dtype, head_dim) is not splash_attention
+
+
+def _kept(kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, reach: jax.Array) -> jax.Array:
+    return checkpoint_name(kernel(q, k, v, reach), KEPT)
 
 
 def _block(length: int, most: int) -> int:
@@ -54,16 +59,17 @@ def splash_attention(
     q: Float[Array, "B S H h"],
     k: Float[Array, "B S KV h"],
     v: Float[Array, "B S KV h"],
-    segment_ids: Int[Array, "B S"],
+    reach: Int[Array, "B S"],
     *,
     interpret: bool = False,
 ) -> Float[Array, "B S H h"]:
-    """Each token attends to its own segment up to itself. `interpret` runs the kernel without a TPU, slowly."""
+    """Each token attends to itself and to those before it with its reach: its sequence, where no two share a beginning (the
+    kernel compares for equality alone). `interpret` runs it without a TPU, slowly."""
     length, heads, dim = q.shape[1:]
     padding = -length % _LANES
-    if padding:  # the padding is a segment of its own
+    if padding:  # the padding sees itself
         q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
-        segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padding)), constant_values=-1)
+        reach = jnp.pad(reach, ((0, 0), (0, padding)), constant_values=-1)
     whole = length + padding
     queries, keys = _block(whole, _QUERY_BLOCK), _block(whole, _KEY_BLOCK)
     compute = _block(keys, _QUERY_BLOCK)
@@ -85,7 +91,7 @@ def splash_attention(
         interpret=interpret,
     )
     q, k, v = (x.swapaxes(1, 2) for x in (q * jnp.asarray(dim**-0.5, q.dtype), k, v))
-    out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segment_ids, segment_ids))
+    out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(reach, reach))
     return out.swapaxes(1, 2)[:, :length]
 
 
@@ -93,21 +99,21 @@ def cudnn_attention(
     q: Float[Array, "B S H h"],
     k: Float[Array, "B S KV h"],
     v: Float[Array, "B S KV h"],
-    segment_ids: Int[Array, "B S"],
+    reach: Int[Array, "B S"],
     *,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "B S H h"]:
-    """Each token attends to its own segment up to itself: blocks of queries, each with the keys up to its end, so that the
-    masks stay small and almost half of the work is saved. Odd lengths, which cuDNN does not take, go to XLA;
-    `implementation` takes everything there, as where there is no GPU."""
+    """Each token attends to itself and to those before it that reach beyond it: blocks of queries, each with the keys up to
+    its end, so that the masks stay small and almost half of the work is saved. Odd lengths, which cuDNN does not take, go to
+    XLA; `implementation` takes everything there, as where there is no GPU."""
     length = q.shape[1]
     if length % 2:
-        return segment_attention(q, k, v, segment_ids)
+        return row_attention(q, k, v, reach)
     block = max(_LANES, 2 * -(-length // (2 * _CUDNN_BLOCKS)))
     parts = []
     for start in range(0, length, block):
         end = min(start + block, length)
-        mask = segment_mask(segment_ids[:, start:end], segment_ids[:, :end], start)[:, None]
+        mask = reach_mask(reach[:, :end], start, end - start)[:, None]
         parts.append(
             jax.nn.dot_product_attention(
                 q[:, start:end], k[:, :end], v[:, :end], mask=mask, implementation=implementation

@@ -23,13 +23,13 @@ def sharded_attention(
     q: Float[Array, "B S H h"],
     k: Float[Array, "B S KV h"],
     v: Float[Array, "B S KV h"],
-    segment_ids: Int[Array, "B S"],
+    reach: Int[Array, "B S"],
     mesh: Mesh | None,
 ) -> Float[Array, "B S H h"]:
-    """Each token of a packed row attends to its own segment up to itself."""
+    """Each token of a packed row attends to itself and to those before it that reach beyond it."""
     kernel = kernel_for(platform_of(mesh), q.dtype, q.shape[-1])
     if mesh is None or mesh.size == 1:
-        return kernel(q, k, v, segment_ids)
+        return kernel(q, k, v, reach)
     rows, tokens = split_axes(mesh, "batch", q.shape[0]), split_axes(mesh, "sequence", q.shape[1])
     heads, kv_heads = split_axes(mesh, "heads", q.shape[2]), split_axes(mesh, "kv_heads", k.shape[2])
     shards = int(np.prod([mesh.shape[axis] for axis in tokens]))
@@ -37,7 +37,7 @@ def sharded_attention(
     kv_local = k.shape[2] // int(np.prod([mesh.shape[axis] for axis in kv_heads]))
     table, exchanged = kv_table(q.shape[2], k.shape[2], tensor, shards, kv_local)
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, reach: jax.Array) -> jax.Array:
         own = q.shape[2]
         if tokens:
             q = jnp.pad(q, ((0, 0), (0, 0), (0, -own % shards), (0, 0)))
@@ -49,7 +49,7 @@ def sharded_attention(
         if not exchanged:
             place = _index(heads), _index(tokens)
             k, v = (jnp.take(x, jnp.asarray(table)[place], axis=2) for x in (k, v))
-        out = kernel(q, k, v, segment_ids)
+        out = kernel(q, k, v, reach)
         if tokens:
             out = jax.lax.all_to_all(out, tokens, split_axis=1, concat_axis=2, tiled=True)
         return out[:, :, :own]
@@ -61,7 +61,7 @@ def sharded_attention(
         in_specs=(split[0], split[1], split[1], PartitionSpec(rows)),
         out_specs=split[0],
         check_vma=False,
-    )(q, k, v, segment_ids)
+    )(q, k, v, reach)
 
 
 def _index(axes: tuple[str, ...]) -> jax.Array | int:

@@ -13,7 +13,7 @@ from rollout.types import Trajectory
 from sqlrl_jax import config_file
 from sqlrl_jax.learner import Learner
 from sqlrl_jax.mesh import make_mesh
-from sqlrl_jax.model.attention import segment_attention
+from sqlrl_jax.model.attention import row_attention
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.decoder import init_params
 from sqlrl_jax.model.kernels import cudnn_attention
@@ -69,17 +69,18 @@ def step(learner: Learner) -> tuple[float, float, np.ndarray]:
 @pytest.mark.parametrize("length", [256, 1000, 4096])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 64), (8, 8, 128), (12, 2, 128)])
 def test_cudnn_attention_is_that_of_the_plain_blocks(length: int, heads: int, kv_heads: int, dim: int) -> None:
-    """In bfloat16, values and gradients, several segments and padding in a row; and the program holds cuDNN's kernel."""
+    """In bfloat16, values and gradients, branching sequences and padding in a row; and the program holds cuDNN's kernel."""
     rng = np.random.default_rng(0)
     q, to = (jnp.asarray(rng.normal(size=(2, length, heads, dim)), jnp.bfloat16) for _ in range(2))
     k, v = (jnp.asarray(rng.normal(size=(2, length, kv_heads, dim)), jnp.bfloat16) for _ in range(2))
-    cut = np.sort(rng.integers(1, length - 20, (2, 3)), axis=1)
-    segments = np.stack([np.searchsorted(row, np.arange(length), side="right") + 1 for row in cut])
-    segments[:, length - 20 :] = 0
+    end = length - 20
+    reach = np.full((2, length), length)
+    for row, (stem, second, third) in zip(reach, np.sort(rng.integers(1, end, (2, 3)), axis=1), strict=True):
+        row[:stem], row[stem:second], row[second:third], row[third:end] = third, second, third, end
 
     def program(attention: Callable[..., jax.Array], *inputs: jax.Array) -> tuple[list[np.ndarray], str]:
         def total(q: jax.Array, k: jax.Array, v: jax.Array, to: jax.Array) -> tuple[jax.Array, jax.Array]:
-            out = jnp.where((segments > 0)[..., None, None], attention(q, k, v, jnp.asarray(segments)), 0)
+            out = jnp.where((np.arange(length) < end)[:, None, None], attention(q, k, v, jnp.asarray(reach)), 0)
             return (out * to).sum(dtype=jnp.float32), out
 
         compiled = jax.jit(jax.grad(total, (0, 1, 2), has_aux=True)).lower(*inputs).compile()
@@ -89,7 +90,7 @@ def test_cudnn_attention_is_that_of_the_plain_blocks(length: int, heads: int, kv
     got, text = program(cudnn_attention, q, k, v, to)
     assert "cudnn$fmha" in text
     with jax.default_matmul_precision("highest"):
-        want, _ = program(segment_attention, *(x.astype(jnp.float32) for x in (q, k, v, to)))
+        want, _ = program(row_attention, *(x.astype(jnp.float32) for x in (q, k, v, to)))
     for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
         assert np.linalg.norm(a - b) <= 1.5e-2 * np.linalg.norm(b), name
 

@@ -11,32 +11,35 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sqlrl_jax.model.attention import segment_attention
+from sqlrl_jax.model.attention import row_attention
 from sqlrl_jax.model.kernels import cudnn_attention, kernel_for, splash_attention
 from sqlrl_jax.model.sharded_attention import kv_table
 
 
 @pytest.mark.parametrize(
-    "kernel",
-    [partial(splash_attention, interpret=True), partial(cudnn_attention, implementation="xla")],
-    ids=["splash", "cudnn"],
+    ("kernel", "second"),
+    [
+        (partial(splash_attention, interpret=True), np.repeat([200], [200])),
+        (partial(cudnn_attention, implementation="xla"), np.repeat([200, 110, 150, 110, 200], [20, 30, 10, 50, 90])),
+    ],
+    ids=["splash", "cudnn, a row that branches"],
 )
-def test_kernels_equal_the_plain_blocks(kernel: object) -> None:
+def test_kernels_equal_the_plain_blocks(kernel: object, second: np.ndarray) -> None:
     """Values and gradients, with grouped heads, padding, and a length (200) that is no multiple of a block."""
     rng = np.random.default_rng(0)
     q, to = rng.normal(size=(2, 2, 200, 4, 64)).astype(np.float32)
     k, v = rng.normal(size=(2, 2, 200, 2, 64)).astype(np.float32)
-    segments = jnp.array(np.stack([np.repeat([1, 2, 0], [60, 120, 20]), np.repeat([1], [200])]))
+    reach = jnp.array(np.stack([np.repeat([60, 180, 200], [60, 120, 20]), second]))
 
     def outputs(attention: object) -> list[np.ndarray]:
         def total(*qkv: jax.Array) -> tuple[jax.Array, jax.Array]:
-            out = attention(*qkv, segments)  # type: ignore[operator]
+            out = attention(*qkv, reach)  # type: ignore[operator]
             return (out * to).sum(), out
 
         gradients, out = jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(q, k, v)
         return [np.asarray(x) for x in (out, *gradients)]
 
-    for got, want in zip(outputs(kernel), outputs(segment_attention), strict=True):
+    for got, want in zip(outputs(kernel), outputs(row_attention), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
@@ -49,7 +52,7 @@ def test_the_platform_chooses_the_kernel() -> None:
     }
     assert named == {"cudnn_attention"}
     for platform, dtype, size in [("cpu", "float32", 64), ("gpu", "float32", 64), ("tpu", "bfloat16", 80)]:
-        assert kernel_for(platform, jnp.dtype(dtype), size).args[0] is segment_attention  # type: ignore[attr-defined]
+        assert kernel_for(platform, jnp.dtype(dtype), size).args[0] is row_attention  # type: ignore[attr-defined]
 
 
 @given(st.sampled_from([1, 2, 4, 7, 8]), st.sampled_from([1, 2, 3, 7]), st.sampled_from([1, 2, 4]), st.integers(1, 8))

@@ -61,8 +61,9 @@ def episodes(questions: int = 4, samples: int = 3, seed: int = 0) -> list[Trajec
     rng = np.random.default_rng(seed)
     out = []
     for q in range(questions):
+        prompt = rng.integers(1, 64, rng.integers(2, 12))
         for s in range(samples):
-            prompt, length = rng.integers(1, 64, rng.integers(2, 12)), int(rng.integers(3, 30))
+            length = int(rng.integers(3, 30))
             mask = (rng.random(length) < 0.6).astype(int)
             mask[0] = 1
             logprobs = np.where(mask, -rng.random(length) * 4, 0.0).astype(np.float32).tolist()
@@ -121,6 +122,7 @@ LAYOUTS = {
         "trainer.policy.scan_layers=false",
         "trainer.policy.remat=none",
     ],
+    "nothing stored once": ["trainer.policy.share_prefixes=false"],
     "an episode a row": ["trainer.policy.row_tokens=42", "trainer.policy.rows_per_micro_batch=12"],
     "rows of two lengths": [
         "trainer.policy.row_tokens=64",
@@ -208,8 +210,8 @@ def test_nothing_compiles_after_the_first_step() -> None:
 
 
 def test_rows_of_two_lengths_make_the_same_step_and_compile_once_each() -> None:
-    subject, batch = learner("trainer.policy.row_buckets=[24]"), episodes(samples=8, seed=1)
-    packed = subject._pack(samples_of(batch, advantages(batch), "token_mean"))
+    subject, batch = learner("trainer.policy.row_buckets=[24]"), episodes(samples=8, seed=5)
+    packed = subject._stepper.program.pack(samples_of(batch, advantages(batch), "token_mean"))
     assert {arrays["tokens"].shape[1] for arrays in packed.micro_batches} == {24, 48}
     want = learner().update(batch, advantages(batch))
     first = subject.update(batch, advantages(batch))

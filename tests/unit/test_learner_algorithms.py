@@ -162,7 +162,7 @@ def test_clip_cov_selects_over_the_minibatch_however_it_is_packed(sampled: Any) 
             f"{ALGORITHM}clip_cov.clip_cov_ub=100",
             f"trainer.policy.rows_per_micro_batch={rows}",
         )
-        packed = subject._pack(samples_of(sampled, advantages(sampled), "token_mean"))
+        packed = subject._stepper.program.pack(samples_of(sampled, advantages(sampled), "token_mean"))
         subject._select(packed)
         found.append(packed.in_order([m["selected"] for m in packed.micro_batches]))
     assert found[0].sum() == int(0.1 * packed.trained_tokens)
@@ -241,7 +241,7 @@ def test_reductions_are_means_over_the_whole_minibatch(sampled: Any) -> None:
     values = advantages(sampled)
     for reduction in ("token_mean", "sequence_mean", "seq_mean_token_sum_norm", "prompt_mean"):
         samples = samples_of(sampled, values, reduction, 20)
-        packed = learner()._pack(samples)
+        packed = learner()._stepper.program.pack(samples)
         total = sum((m["weights"] * m["advantages"]).sum(dtype=np.float64) for m in packed.micro_batches)
         assert -total / packed.total_weight == pytest.approx(slow_mean(sampled, values, reduction), rel=1e-5)
     with pytest.raises(ValueError, match="no loss reduction 'seq_mean_token_sum_norm' with max_seq_len None"):
@@ -263,7 +263,7 @@ def test_an_advantage_a_token_reaches_its_token(sampled: Any, ppo_gradient: Any)
     values = advantages(sampled)
     spread = [np.full(sum(t.loss_mask), v, np.float32) for t, v in zip(sampled, values, strict=True)]
     spread[0] = np.arange(len(spread[0]), dtype=np.float32)
-    packed = learner()._pack(samples_of(sampled, spread, "token_mean"))
+    packed = learner()._stepper.program.pack(samples_of(sampled, spread, "token_mean"))
     back = packed.per_sample([m["advantages"] for m in packed.micro_batches])
     for got, want in zip(back, spread, strict=True):
         np.testing.assert_array_equal(got, want)

@@ -51,7 +51,7 @@ def adapters(lora: LoraConfig = LORA, seed: int = 0, zero_b: bool = False) -> Pa
 def hidden(params: Params) -> jax.Array:
     tokens = np.random.default_rng(0).integers(0, 64, (2, 12))
     positions = np.tile(np.r_[:7, :5], (2, 1))
-    return forward(MODEL, params, tokens, positions, np.tile(np.repeat([1, 2], [7, 5]), (2, 1)))
+    return forward(MODEL, params, tokens, positions, np.tile(np.repeat([7, 12], [7, 5]), (2, 1)))
 
 
 def loss(params: Params) -> jax.Array:

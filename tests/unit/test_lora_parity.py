@@ -27,7 +27,7 @@ TOKENS = np.random.default_rng(0).integers(0, 101, (2, 24))
 
 def logits(config: ModelConfig, params: Params) -> np.ndarray:
     positions = np.tile(np.arange(24), (2, 1))
-    hidden = jax.jit(lambda p: forward(config, p, TOKENS, positions, np.ones_like(TOKENS)))(params)
+    hidden = jax.jit(lambda p: forward(config, p, TOKENS, positions, np.full_like(TOKENS, TOKENS.shape[1])))(params)
     return np.array(hidden @ unembedding(params))
 
 

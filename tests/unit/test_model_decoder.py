@@ -11,7 +11,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sqlrl_jax.model.attention import segment_attention
+from sqlrl_jax.model.attention import row_attention
 from sqlrl_jax.model.config import Llama3Scaling, ModelConfig
 from sqlrl_jax.model.decoder import (
     Compute,
@@ -41,12 +41,18 @@ def params_of(config: ModelConfig) -> dict:
     return nest({p: (rng.normal(size=s.shape) * 0.2 + (s.stddev is None)).astype(np.float32) for p, s in specs})
 
 
-def run(config: ModelConfig, params: dict, tokens: np.ndarray, segments: np.ndarray, **how: object) -> np.ndarray:
+def run(config: ModelConfig, params: dict, tokens: np.ndarray, ends: np.ndarray, **how: object) -> np.ndarray:
+    """Hidden states of rows of sequences: `ends` is of every token where its own ends, which nothing else begins with."""
     positions = np.zeros_like(tokens)
-    for row, ids in enumerate(segments):
-        for segment in set(ids.tolist()):
-            positions[row, ids == segment] = np.arange((ids == segment).sum())
-    return np.asarray(jax.jit(lambda p: forward(config, p, tokens, positions, segments, Compute(**how)))(params))
+    for row, reach in enumerate(ends):
+        for end in set(reach.tolist()):
+            positions[row, reach == end] = np.arange((reach == end).sum())
+    return np.asarray(jax.jit(lambda p: forward(config, p, tokens, positions, ends, Compute(**how)))(params))
+
+
+def whole(tokens: np.ndarray) -> np.ndarray:
+    """The ends of rows of one sequence each."""
+    return np.full_like(tokens, tokens.shape[1])
 
 
 @FAMILIES
@@ -55,11 +61,11 @@ def test_packed_rows_equal_separate_sequences(config: ModelConfig) -> None:
     lengths = (5, 9, 3)
     sequences = [rng.integers(0, 61, n) for n in lengths]
     tokens = np.concatenate([*sequences, np.zeros(4, int)])[None]
-    segments = np.repeat([1, 2, 3, 0], [*lengths, 4])[None]
-    packed = run(config, params, tokens, segments)[0]
+    ends = np.repeat(np.cumsum([*lengths, 4]), [*lengths, 4])[None]
+    packed = run(config, params, tokens, ends)[0]
     assert np.isfinite(packed).all()
     rows = np.stack([np.pad(s, (0, 9 - len(s))) for s in sequences])
-    alone = run(config, params, rows, np.stack([np.arange(9) < n for n in lengths]).astype(int))
+    alone = run(config, params, rows, whole(rows))
     for end, row, length in zip(np.cumsum(lengths), alone, lengths, strict=True):
         np.testing.assert_allclose(packed[end - length : end], row[:length], atol=2e-5)
 
@@ -68,7 +74,7 @@ def test_a_token_sees_the_past_only() -> None:
     config, params, tokens = LLAMA, params_of(LLAMA), np.arange(12)[None] % 61
     changed = tokens.copy()
     changed[0, 7] = 50
-    before, after = (run(config, params, t, np.ones_like(t))[0] for t in (tokens, changed))
+    before, after = (run(config, params, t, whole(t))[0] for t in (tokens, changed))
     np.testing.assert_array_equal(before[:7], after[:7])
     assert (np.abs(before[7:] - after[7:]).max(axis=-1) > 1e-4).all()
 
@@ -76,13 +82,13 @@ def test_a_token_sees_the_past_only() -> None:
 def test_scan_unrolled_and_remat_give_one_result() -> None:
     config, params = QWEN2, params_of(QWEN2)
     tokens = np.random.default_rng(1).integers(0, 61, (2, 10))
-    segments = np.array([[1] * 6 + [2] * 4, [1] * 8 + [0] * 2])
+    reach = np.array([[6] * 6 + [10] * 4, [8] * 8 + [10] * 2])
     weight = np.random.default_rng(2).normal(size=(2, 10, 32)).astype(np.float32)
 
     def gradients(layout: Layout | None = None, **how: object) -> dict:
         def loss(p: dict) -> jax.Array:
             p = layout.lay(p) if layout else p
-            return (forward(config, p, tokens, tokens * 0 + np.arange(10), segments, Compute(**how)) * weight).sum()
+            return (forward(config, p, tokens, tokens * 0 + np.arange(10), reach, Compute(**how)) * weight).sum()
 
         value, grads = jax.jit(jax.value_and_grad(loss))(params)
         return {"loss": value, **flatten(grads)}
@@ -96,7 +102,7 @@ def test_scan_unrolled_and_remat_give_one_result() -> None:
 
 def test_bfloat16_is_near_float32() -> None:
     params, tokens = params_of(QWEN2), np.arange(16)[None]
-    full, half = (run(QWEN2, params, tokens, np.ones_like(tokens), dtype=d) for d in ("float32", "bfloat16"))
+    full, half = (run(QWEN2, params, tokens, whole(tokens), dtype=d) for d in ("float32", "bfloat16"))
     assert half.dtype == jnp.bfloat16
     assert 0 < np.abs(full - half.astype(np.float32)).max() < 0.3
 
@@ -112,11 +118,11 @@ def test_attention_equals_a_loop(length: int, heads: tuple[int, int], seed: int)
     count, kv = heads
     q = rng.normal(size=(2, length, count, 4)).astype(np.float32)
     k, v = rng.normal(size=(2, 2, length, kv, 4)).astype(np.float32)
-    segments = np.sort(rng.integers(0, 4, (2, length)), axis=1)
-    got = np.asarray(jax.jit(segment_attention)(jnp.array(q), jnp.array(k), jnp.array(v), jnp.array(segments)))
+    reach = np.arange(length) + rng.integers(1, 1 + length, (2, length))  # any at all, beyond the token itself
+    got = np.asarray(jax.jit(row_attention)(jnp.array(q), jnp.array(k), jnp.array(v), jnp.array(reach)))
     for b in range(2):
         for i in rng.choice(length, min(length, 20), replace=False):
-            seen = [j for j in range(i + 1) if segments[b, j] == segments[b, i]]
+            seen = [j for j in range(i + 1) if i < reach[b, j]]
             for h in range(count):
                 scores = k[b, seen, h // (count // kv)] @ q[b, i, h] / 2.0
                 weights = np.exp(scores - scores.max())

@@ -44,7 +44,8 @@ def ours(folder: Path, tokens: np.ndarray, positions: np.ndarray | None = None) 
 
     @jax.jit
     def logits(params: dict) -> jax.Array:
-        return forward(config, params, jnp.asarray(tokens), places, jnp.ones_like(places)) @ unembedding(params)
+        whole = jnp.full_like(places, tokens.shape[1])
+        return forward(config, params, jnp.asarray(tokens), places, whole) @ unembedding(params)
 
     return np.asarray(logits(load_hf(folder, config)))
 

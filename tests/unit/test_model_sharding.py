@@ -29,8 +29,8 @@ MODELS = {
 ROWS, LENGTH = 8, 16
 rng = np.random.default_rng(0)
 tokens = rng.integers(0, 61, (ROWS, LENGTH))
-positions = np.tile(np.r_[:10, :6], (ROWS, 1))
-segments = np.tile(np.repeat([1, 2], [10, 6]), (ROWS, 1))
+positions = np.tile(np.r_[:10, 3:9], (ROWS, 1))  # two sequences that begin with the same three tokens
+reach = np.tile(np.repeat([16, 10, 16], [3, 7, 6]), (ROWS, 1))
 flat = rng.permutation(ROWS * LENGTH)  # all places are trained, in any order
 to = rng.normal(size=(2, ROWS, LENGTH)).astype(np.float32)
 
@@ -55,7 +55,7 @@ def run(name, sizes, remat, scan, devices):
     config, mesh = MODELS[name], make_mesh(MeshConfig(**sizes), devices)
     shardings = flatten(param_shardings(config, mesh))
     params = nest({p: jax.device_put(v, shardings.get(p)) for p, v in flatten(params_of(name)).items()})
-    inputs = [jax.device_put(x, batch_sharding(mesh)) for x in (tokens, positions, segments)]
+    inputs = [jax.device_put(x, batch_sharding(mesh)) for x in (tokens, positions, reach)]
     index, targets, weights = slots(mesh.shape["data"] * mesh.shape["fsdp"])
     compute = Compute(mesh=mesh, remat=remat)
     layout = layout_for(param_specs(config), mesh, scan_layers=scan, apart=["q", "o", "down"] if name == "untied" else [])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rollout.types import Trajectory
 from sqlrl_jax.config import ConfigError
-from sqlrl_jax.data.packing import PackedBatch, Sample, assign_buckets, assign_rows, pack, samples_of
+from sqlrl_jax.data.packing import PackedBatch, Sample, pack, samples_of
 
 ROW = 16
 
@@ -49,12 +49,13 @@ def test_every_token_once_and_every_prediction_from_the_token_before(
         assert arrays["mask"].shape == (shards, -(-4 // shards * ROW // 8) * 8)
         assert int(arrays["count"]) == arrays["mask"].sum(1).max()
         rows = arrays["tokens"].reshape(shards, -1)
-        segments, positions = (arrays[k].reshape(shards, -1) for k in ("segment_ids", "positions"))
-        for row, segment in zip(arrays["tokens"], arrays["segment_ids"], strict=True):
-            for k in range(1, segment.max(initial=0) + 1):
-                at = np.flatnonzero(segment == k)
-                assert (np.diff(at) == 1).all()  # a segment lies in one piece
-                seen.append(tuple(row[at]))
+        reach, positions = (arrays[k].reshape(shards, -1) for k in ("reach", "positions"))
+        for row, ends in zip(arrays["tokens"], arrays["reach"], strict=True):
+            start = 0
+            for end in dict.fromkeys(ends.tolist()):  # a sample lies in one piece; the last may be padding, of zeros
+                assert (ends[start:end] == end).all()
+                seen.append(tuple(row[start:end]))
+                start = end
         for shard in range(shards):
             used = np.flatnonzero(arrays["mask"][shard])
             assert (used == np.arange(len(used))).all()
@@ -62,15 +63,81 @@ def test_every_token_once_and_every_prediction_from_the_token_before(
             for slot in used:
                 place, sample = arrays["index"][shard, slot], samples[owner[shard, slot]]
                 token = positions[shard, place] + 1  # the position of the token that is predicted
-                assert segments[shard, place] == segments[shard, place + 1] > 0
+                assert reach[shard, place] == reach[shard, place + 1]
                 assert rows[shard, place + 1] == arrays["targets"][shard, slot] == sample.tokens[token]
                 assert arrays["rollout_logprobs"][shard, slot] == sample.rollout_logprobs[token]
                 assert arrays["advantages"][shard, slot] == owner[shard, slot] + 1
                 found.append((int(owner[shard, slot]), int(token)))
-    assert sorted(seen) == sorted(tuple(s.tokens) for s in samples)
+    assert sorted(s for s in seen if any(s)) == sorted(tuple(s.tokens) for s in samples)
     assert sorted(found) == [(i, int(t)) for i, s in enumerate(samples) for t in np.flatnonzero(s.trained)]
     assert packed.trained_tokens == len(found)
     assert packed.tokens == sum(len(s.tokens) for s in samples)
+
+
+ALIKE = st.lists(
+    st.tuples(st.integers(1, 4), st.integers(0, 3), st.lists(st.integers(0, 1), max_size=9), st.integers(0, 2)),
+    max_size=14,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(ALIKE, st.sampled_from([1, 2]), st.sampled_from([(), (8,)]))
+def test_where_samples_share_a_beginning_each_token_sees_what_it_would_alone(
+    alike: list[tuple[int, int, list[int], int]], shards: int, buckets: tuple[int, ...]
+) -> None:
+    """Prompts of one or two ids (of a chat's beginning, say, or earlier turns) and responses drawn from few."""
+    trajectories = []
+    for i, (prompt, other, mask, seed) in enumerate(alike):
+        ids = np.random.default_rng(seed).integers(1, 3, len(mask)).tolist()
+        logprobs = [float(-i - n - 1) * m for n, m in enumerate(mask)]
+        trajectories.append(
+            Trajectory(
+                *("t", "s", i, [7] * prompt + [other + 1] * (other > 0), ids, mask, logprobs),
+                *([], 0.0, "wrong", "solution"),
+            )
+        )
+    samples = samples_of(trajectories, np.arange(len(alike)) + 1.0, "token_mean")
+    packed = pack(
+        samples,
+        row_tokens=ROW,
+        rows_per_micro_batch=2,
+        slot_multiple=8,
+        shards=shards,
+        buckets=buckets,
+        share=True,
+    )
+    found = []
+    for arrays, owner in zip(packed.micro_batches, packed.owners, strict=True):
+        length = arrays["tokens"].shape[1]
+        places = np.arange(length)
+        seen = (places[:, None] >= places) & (places[:, None] < arrays["reach"][:, None, :])  # [row, query, key]
+        assert seen[:, places, places].all()
+        for shard, slot in zip(*np.nonzero(arrays["mask"]), strict=True):
+            sample = samples[owner[shard, slot]]
+            row, place = divmod(int(arrays["index"][shard, slot]), length)
+            row += shard * (len(seen) // shards)
+            before = np.flatnonzero(seen[row, place])
+            token = len(before)
+            assert arrays["tokens"][row, before].tolist() == sample.tokens[:token].tolist()
+            assert arrays["positions"][row, before].tolist() == list(range(token))
+            assert arrays["targets"][shard, slot] == sample.tokens[token]
+            assert arrays["rollout_logprobs"][shard, slot] == sample.rollout_logprobs[token]
+            found.append((int(owner[shard, slot]), token))
+    assert sorted(found) == [(i, int(t)) for i, s in enumerate(samples) for t in np.flatnonzero(s.trained)]
+    assert packed.stored <= packed.tokens <= packed.stored + sum(len(s.tokens) - 1 for s in samples)
+    again = packed.per_sample([m["rollout_logprobs"] for m in packed.micro_batches])
+    for got, sample in zip(again, samples, strict=True):
+        np.testing.assert_array_equal(got, sample.rollout_logprobs[sample.trained])
+
+
+def test_a_prompt_is_stored_once_for_the_episodes_of_its_question() -> None:
+    prompt = trajectory(6, []).prompt_ids
+    group = [Trajectory("t", "s", i, prompt, [i + 1] * 3, [1] * 3, [-1.0] * 3, [], 0.0, "", "") for i in range(3)]
+    samples = samples_of(group, [0.0] * 3, "token_mean")
+    how = {"row_tokens": ROW, "rows_per_micro_batch": 1, "slot_multiple": 8}
+    shared, alone = (pack(samples, share=share, **how) for share in (True, False))
+    assert (shared.stored, shared.tokens, len(shared.micro_batches)) == (15, 27, 1)
+    assert (alone.stored, alone.tokens, len(alone.micro_batches)) == (27, 27, 3)
 
 
 @settings(max_examples=50, deadline=None)
@@ -84,61 +151,6 @@ def test_per_sample_is_the_inverse(episodes: list[tuple[int, list[int]]], bucket
     assert len(back) == len(samples)
     for got, sample in zip(back, samples, strict=True):
         np.testing.assert_array_equal(got, sample.rollout_logprobs[sample.trained])
-
-
-@given(st.lists(st.integers(1, 64), max_size=60))
-def test_rows_are_few_and_never_overfull(lengths: list[int]) -> None:
-    rows = assign_rows(lengths, 64)
-    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
-    assert all(sum(lengths[i] for i in row) <= 64 for row in rows)
-    assert len(rows) <= 11 / 9 * -(-sum(lengths) // 64) + 1 or sum(n > 32 for n in lengths) > sum(lengths) / 64
-    assert rows == assign_rows(list(lengths), 64)
-
-
-def slowly_assigned(lengths: list[int], row_tokens: int) -> list[list[int]]:
-    """Best fit by looking at every open row; of equally full ones the one that has been so for longest."""
-    rows: list[list[int]] = []
-    room: dict[int, tuple[int, int]] = {}  # row → (room, when it became so)
-    for time, i in enumerate(sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))):
-        fitting = [(*room[r], r) for r in room if room[r][0] >= lengths[i]]
-        left, _, row = min(fitting, default=(row_tokens, time, len(rows)))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(i)
-        room[row] = left - lengths[i], time
-    return rows
-
-
-@given(st.lists(st.integers(1, 64), max_size=60))
-def test_rows_are_those_of_the_plain_algorithm(lengths: list[int]) -> None:
-    assert assign_rows(lengths, 64) == slowly_assigned(lengths, 64)
-
-
-@given(st.lists(st.integers(1, 64), max_size=150), st.sampled_from([(32,), (16, 32), (32, 16, 8)]))
-def test_short_rows_never_cost_a_micro_batch_more(lengths: list[int], buckets: tuple[int, ...]) -> None:
-    plan = assign_buckets(lengths, 64, 2, buckets)
-    assert plan == assign_buckets(list(lengths), 64, 2, buckets)
-    assert sorted(i for _, rows in plan for row in rows for i in row) == list(range(len(lengths)))
-    for length, rows in plan:
-        assert all(sum(lengths[i] for i in row) <= length for row in rows)
-        assert length == 64 or len(rows) * length % 128 == 0  # only whole micro-batches of short rows
-    count = sum(-(-len(rows) * length // 128) for length, rows in plan)
-    assert count <= -(-len(assign_rows(lengths, 64)) // 2)
-
-
-def test_short_episodes_go_to_short_rows() -> None:
-    rng = np.random.default_rng(0)
-    lengths = np.clip(rng.lognormal(8, 0.5, 1280), 500, 29000).astype(int).tolist()
-    plan = assign_buckets(lengths, 32768, 4, (16384, 8192, 4096))
-    tokens = {length: len(rows) * length for length, rows in plan}
-    assert sum(lengths) / sum(tokens.values()) > 0.95
-    assert sum(n * length for length, n in tokens.items()) / sum(tokens.values()) < 12_000
-
-
-def test_realistic_episodes_fill_their_rows() -> None:
-    lengths = np.random.default_rng(0).triangular(40, 60, 184, 256).astype(int).tolist()
-    rows = assign_rows(lengths, 256)
-    assert sum(lengths) / (len(rows) * 256) > 0.95
 
 
 def test_weights_make_the_reduction() -> None:

@@ -31,8 +31,7 @@ def full_logprobs(model, ids: list[int], temperature: float) -> np.ndarray:
     config, params = model
     padded = jnp.asarray([ids + [0] * (64 - len(ids))])
     positions = jnp.arange(64)[None]
-    segments = (positions < len(ids)).astype(jnp.int32)
-    hidden = _forward(config, params, padded, positions, segments)[0, : len(ids)]
+    hidden = _forward(config, params, padded, positions, jnp.full_like(positions, 64))[0, : len(ids)]
     return np.asarray(jax.nn.log_softmax(hidden @ unembedding(params) / (temperature or 1.0)))
 
 

@@ -85,9 +85,9 @@ def test_it_learns_what_episodes_earn_and_leaves_the_policys_step_alone() -> Non
         0.5 * first["critic/return_mean"], rel=1e-5
     )  # squares of 0 and 1
     second = learn(subject, ESTIMATOR, batch)
-    for _ in range(10):
+    for _ in range(25):
         last = learn(subject, ESTIMATOR, batch)
-    assert last["critic/value_loss"] < 0.5 * first["critic/value_loss"]
+    assert last["critic/value_loss"] < 0.3 * first["critic/value_loss"]
     assert last["critic/explained_variance"] > 0.5
     assert last["critic/skipped_steps"] == 0
     assert last["policy/compiles"] == second["policy/compiles"]

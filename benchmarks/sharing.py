@@ -15,14 +15,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from rollout.chat import Chat, load_tokenizer  # noqa: E402
-from rollout.text2sql import Text2SQL  # noqa: E402
-from rollout.types import Trajectory  # noqa: E402
-from sqlrl_jax.config_file import load  # noqa: E402
-from sqlrl_jax.data.packing import PackedBatch, pack, samples_of  # noqa: E402
-from sqlrl_jax.data.tasks import read_tasks  # noqa: E402
+from rollout.chat import Chat, load_tokenizer
+from rollout.text2sql import Text2SQL
+from rollout.types import Trajectory
+from sqlrl_jax.config_file import load
+from sqlrl_jax.data.packing import PackedBatch, pack, samples_of
+from sqlrl_jax.data.tasks import read_tasks
 
 SAMPLES, RESPONSES = (5, 8, 16), (300, 1000)
 

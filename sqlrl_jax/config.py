@@ -69,9 +69,10 @@ class PolicyConfig(Section):
     row_buckets: tuple[int, ...] = ()
     """Lengths below row_tokens that packed rows may have besides, such as [16384, 8192], as many rows more to a pass: less
     attention where episodes are short, one more program to compile for each."""
-    share_prefixes: bool = True
-    """Compute what several episodes of a row begin with once: a question's prompt, or the turns before in stepwise training.
-    The result is the same to rounding. Not on TPUs, whose attention kernel cannot tell them apart."""
+    share_prefixes: bool | None = None
+    """Compute what several episodes of a row begin with once: a question's prompt, a schema, the turns before in stepwise
+    training. The result is the same to rounding. null: except on TPUs, where it takes this project's own attention kernel in
+    place of splash attention, which was compiled for TPUs but never run on one."""
     logprob_chunk: int = Field(1024, ge=16)
     """Trained tokens whose logits exist at one time."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -35,7 +35,6 @@ from sqlrl_jax.data.rows import check_rows
 from sqlrl_jax.mesh import RULES, batch_sharding, in_host_memory, platform_of, replicated
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.decoder import Compute, forward, unembedding
-from sqlrl_jax.model.kernels import takes_shared_rows
 from sqlrl_jax.model.layout import layout_for
 from sqlrl_jax.model.lora import frozen_specs, join, trained_specs
 from sqlrl_jax.model.params import Params, ParamSpec, abstract_specs, param_specs, spec_shardings
@@ -92,9 +91,9 @@ class Program:
         check_rows(policy.row_tokens, policy.rows_per_micro_batch, self.shards, policy.buckets, mesh.shape["sequence"])
         self._objective, self._temperature = objective, temperature
         self.run_length = _RUN_LENGTH if platform_of(mesh) == "cpu" else 1
-        self._compute = Compute(policy.compute_dtype, policy.remat, mesh)
-        kernel = platform_of(mesh), jnp.dtype(policy.compute_dtype), model_config.head_dim
-        self.shares_prefixes = policy.share_prefixes and takes_shared_rows(*kernel)
+        on_tpu = platform_of(mesh) == "tpu"
+        self.shares_prefixes = not on_tpu if policy.share_prefixes is None else policy.share_prefixes
+        self._compute = Compute(policy.compute_dtype, policy.remat, mesh, self.shares_prefixes)
         self.trained, self.frozen = self._declared()
         lora = policy.model.lora
         self._layout = layout_for(

@@ -42,6 +42,8 @@ class Compute:
     dtype: str = "float32"
     remat: Literal["none", "attention", "full"] = "none"
     mesh: Mesh | None = None
+    shared_rows: bool = True
+    """Sequences of a row may share a beginning. Where that is known not to be, TPUs take another kernel."""
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
@@ -187,7 +189,7 @@ def forward(
     compute = compute or Compute()
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return sharded_attention(q, k, v, whole, compute.mesh)
+        return sharded_attention(q, k, v, whole, compute.mesh, compute.shared_rows)
 
     whole = constrain(reach, compute.mesh, ("batch", None))  # each device attends over whole rows
     x = embed(params, tokens, compute)

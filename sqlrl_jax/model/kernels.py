@@ -1,9 +1,10 @@
 """Attention of whole packed rows on one device: the kernel that suits the platform.
 
 CPU: the plain XLA blocks of attention.py. TPU: splash attention (Pallas), which skips what the causal mask hides and never
-holds the scores. GPU: cuDNN's flash attention, block by block, because through jax's public function it takes what
-a row's sequences may see as a mask only. Left out: the fused backward pass of splash attention, which holds a partial
-gradient of the queries for each block of keys: too much for long rows.
+holds the scores, or where sequences of a row share a beginning the kernel of reach_attention.py. GPU: cuDNN's flash
+attention, block by block, because through jax's public function it takes what a row's sequences may see as a mask only. Left
+out: the fused backward pass of splash attention, which holds a partial gradient of the queries for each block of keys: too
+much for long rows.
 """
 
 from __future__ import annotations
@@ -20,30 +21,23 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jaxtyping import Array, Float, Int
 
 from sqlrl_jax.model.attention import reach_mask, row_attention
+from sqlrl_jax.model.reach_attention import KEPT, LANES, reach_attention
 
 # (q, k, v, reach) of whole rows → attended; H is a multiple of KV.
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
-# What remat "attention" keeps of a layer goes by this name.
-KEPT = "attention"
-
-_LANES = 128
 _QUERY_BLOCK, _KEY_BLOCK = 512, 1024
 _CUDNN_BLOCKS = 8
 
 
-def kernel_for(platform: str, dtype: jnp.dtype, head_dim: int) -> Kernel:
-    """The kernel for devices of `platform` ("cpu", "gpu", "tpu"); XLA blocks for what the fast ones do not take."""
+def kernel_for(platform: str, dtype: jnp.dtype, head_dim: int, shared: bool) -> Kernel:
+    """The kernel for devices of `platform` ("cpu", "gpu", "tpu"); XLA blocks for what the fast ones do not take. `shared`:
+    sequences of a row may share a beginning."""
     if platform == "tpu" and head_dim % 64 == 0:
-        return splash_attention
+        return reach_attention if shared else splash_attention
     if platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128:
         return partial(_kept, cudnn_attention)
     return partial(_kept, row_attention)
-
-
-def takes_shared_rows(platform: str, dtype: jnp.dtype, head_dim: int) -> bool:
-    """Whether the kernel is right for rows in which several sequences go on from one beginning."""
-    return kernel_for(platform, dtype, head_dim) is not splash_attention
 
 
 def _kept(kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, reach: jax.Array) -> jax.Array:
@@ -52,7 +46,7 @@ def _kept(kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, reach: jax.A
 
 def _block(length: int, most: int) -> int:
     """The largest multiple of the lanes up to `most` that divides `length`."""
-    return max(size for size in range(_LANES, most + 1, _LANES) if length % size == 0)
+    return max(size for size in range(LANES, most + 1, LANES) if length % size == 0)
 
 
 def splash_attention(
@@ -66,7 +60,7 @@ def splash_attention(
     """Each token attends to itself and to those before it with its reach: its sequence, where no two share a beginning (the
     kernel compares for equality alone). `interpret` runs it without a TPU, slowly."""
     length, heads, dim = q.shape[1:]
-    padding = -length % _LANES
+    padding = -length % LANES
     if padding:  # the padding sees itself
         q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
         reach = jnp.pad(reach, ((0, 0), (0, padding)), constant_values=-1)
@@ -109,7 +103,7 @@ def cudnn_attention(
     length = q.shape[1]
     if length % 2:
         return row_attention(q, k, v, reach)
-    block = max(_LANES, 2 * -(-length // (2 * _CUDNN_BLOCKS)))
+    block = max(LANES, 2 * -(-length // (2 * _CUDNN_BLOCKS)))
     parts = []
     for start in range(0, length, block):
         end = min(start + block, length)

@@ -25,9 +25,11 @@ def sharded_attention(
     v: Float[Array, "B S KV h"],
     reach: Int[Array, "B S"],
     mesh: Mesh | None,
+    shared: bool,
 ) -> Float[Array, "B S H h"]:
-    """Each token of a packed row attends to itself and to those before it that reach beyond it."""
-    kernel = kernel_for(platform_of(mesh), q.dtype, q.shape[-1])
+    """Each token of a packed row attends to itself and to those before it that reach beyond it. `shared`: sequences of a row
+    may share a beginning."""
+    kernel = kernel_for(platform_of(mesh), q.dtype, q.shape[-1], shared)
     if mesh is None or mesh.size == 1:
         return kernel(q, k, v, reach)
     rows, tokens = split_axes(mesh, "batch", q.shape[0]), split_axes(mesh, "sequence", q.shape[1])

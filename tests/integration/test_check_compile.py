@@ -66,6 +66,15 @@ def test_a_small_step_compiles_for_a_slice(tmp_path):
     assert compiled["needs_bytes_per_device"] > found["parameters"] * 16 / 4
 
 
+def test_rows_that_share_beginnings_compile_for_a_slice(tmp_path):
+    """With this project's own attention kernel in place of splash attention, over rows that two devices share."""
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install '.[tpu]'")
+    how = "trainer.policy.share_prefixes=true", "trainer.mesh.fsdp=2", "trainer.mesh.sequence=2"
+    done = check(tmp_path, "--topology", "v5e:2x2", "--json", *how)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["compiled"]["attention_kernels"] >= 4 * 3  # forward twice, two backward, of each layer
+
+
 def test_a_critic_beside_adapters_is_compiled_and_needs_the_most(tmp_path):
     """Its step trains all weights, the policy's only adapters. It holds its weights, moments and gradients, four bytes each,
     over the four devices, while the adapters' base rests."""

@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-from update import Work, least_flops, make_advantages, make_episodes  # noqa: E402
+from update import Rows, Work, least_flops, make_advantages, make_episodes  # noqa: E402
 
 from sqlrl_jax.check import PUBLISHED  # noqa: E402
 from sqlrl_jax.config_file import load  # noqa: E402
@@ -48,9 +48,9 @@ Update = Callable[[], tuple[float, float]]
 def work_of(name: str) -> Work:
     if name == "tiny":  # to try the script where there is no accelerator
         model = ModelConfig("qwen2", 512, 256, 512, 2, 4, 2, 64, tie_word_embeddings=True, attention_bias=True)
-        return Work(model, 8, 40, 200, 100, 256, 1, (), 64, ())
+        return Work(model, 8, 40, 200, 100, Rows(256, 1), Rows(256, 1), 64, ())
     model = ModelConfig.from_hf(json.loads((PUBLISHED / f"{MODELS[name]}.json").read_text()))
-    return Work(model, 64, 400, 6000, 1800, ROW, 1, (), 2048, ())
+    return Work(model, 64, 400, 6000, 1800, Rows(ROW, 1), Rows(ROW, 1), 2048, ())
 
 
 def settings(name: str, work: Work) -> list[str]:
@@ -61,8 +61,7 @@ def settings(name: str, work: Work) -> list[str]:
         "trainer.policy.remat=full",
         "trainer.policy.optimizer_config.lr=0.0003",
         "trainer.policy.optimizer_config.max_grad_norm=1.0",
-        f"trainer.policy.row_tokens={work.row_tokens}",
-        f"trainer.policy.rows_per_micro_batch={work.rows}",
+        *work.rows.settings,
         f"trainer.policy.logprob_chunk={work.chunk}",
         "trainer.compile_cache=",
     ]

@@ -47,6 +47,7 @@ class Row:
 
 
 _POLICY = "trainer.policy."
+_SHARED = _POLICY + "share_prefixes=true"
 _FRUGAL = (_POLICY + "rows_per_micro_batch=4", _POLICY + "offload_optimizer=true")
 TABLE = [
     Row("sql_fsdp", "v5p:2x2x1"),
@@ -56,6 +57,8 @@ TABLE = [
     Row("skyrl_sql_conversation", "v5p:2x2x1"),
     Row("skyrl_sql_tp_lora", "v5p:2x2x1"),
     Row("sql_fsdp_2node", "v5p:2x2x4"),
+    Row("sql_fsdp", "v5p:2x2x1", (_SHARED,)),
+    Row("sql_fsdp", "v6e:2x4", ("trainer.mesh.sequence=2", *_FRUGAL, _SHARED)),
     Row("sql_fsdp", "v5e:2x4", (_POLICY + "rows_per_micro_batch=8",), fits=False),
 ]
 
@@ -111,7 +114,8 @@ def line(row: Row, answer: dict[str, Any]) -> str:
     if sent is not None:
         flops = compiled["flops_per_device_per_micro_batch"] * answer["devices"] / micro["flops"]["six_n"]
         figures = [f"{flops:.2f}", f"{sent['ratio']:.2f}", f"{compiled['attention_kernels']:.0f}"]
-    return cells([row.config, f"{row.slice}, {mesh}", rows, needs, *figures, _seconds(compiled)])
+    recipe = f"{row.config}, prompts shared" if _SHARED in row.settings else row.config
+    return cells([recipe, f"{row.slice}, {mesh}", rows, needs, *figures, _seconds(compiled)])
 
 
 def cells(texts: list[str]) -> str:

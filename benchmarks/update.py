@@ -3,14 +3,15 @@
     python benchmarks/update.py [--work tiny|small] [--rounds 5]        (needs the extra `parity` for PyTorch)
         [--trl PYTHON] [--tunix PYTHON]     TRL and Tunix themselves, from environments of their own
 
-tiny: a 0.92M Qwen2-type model, 256 episodes of 40 to 184 tokens, mean 84. small: 78M, vocabulary 16,384, 16 episodes of
-116 to 630 tokens, mean 353. float32, AdamW, PPO clip. Useful tokens are those of the episodes, padding not counted. The
+tiny: a 0.92M Qwen2-type model, 256 episodes of 40 to 184 tokens, mean 82. small: 78M, vocabulary 16,384, 16 episodes of 116
+to 630 tokens, mean 339. Eight episodes a question, of whose tokens its prompt is a third. float32, AdamW, PPO clip. Useful
+tokens are those of the episodes, padding not counted. Ours comes with what episodes begin with computed once, as it is by
+default, and with every episode whole, which is also the row for episodes of which no two are of one question. The
 contenders take turns, each in a process of its own; the table shows each one's median and best round and its CPU time,
 because machines are seldom quiet. Compiling is left out (a warm-up update); the losses of the warm-up must agree, or the
-run ends with an error. PyTorch comes three times: padded as TRL does, sorted by length with transformers' own model, and
-as fast as we could write it (torch_peer.py, transformers_peer.py). Our rows were tuned once, by hand; PyTorch's
-micro-batches are tuned here, for each of the three, by trying several sizes first and keeping the fastest, unless --sizes
-gives them.
+run ends with an error. PyTorch comes three times: padded as TRL does, sorted by length with transformers' own model, and as
+fast as we could write it (torch_peer.py, transformers_peer.py). Our rows were tuned once, by hand; PyTorch's micro-batches
+are tuned here, for each of the three, by trying several sizes first and keeping the fastest, unless --sizes gives them.
 
 The last row takes its turns too: the time of the products that the update cannot do without (layers, attention over each
 token's own past, the head on trained tokens; forward and backward, nothing recomputed) at the rate of one product of two
@@ -50,7 +51,8 @@ from sqlrl_jax.model.decoder import init_params  # noqa: E402
 from sqlrl_jax.model.hf import to_hf_tensors  # noqa: E402
 from sqlrl_jax.model.params import param_specs, parameter_count  # noqa: E402
 
-OURS = "sqlrl_jax, packed rows"
+OURS = "sqlrl_jax"
+APART = "sqlrl_jax, nothing shared"
 SPLIT = "sqlrl_jax, the same, each core a device"
 PADDED = "eager PyTorch, padded (TRL's layout)"
 SORTED = "transformers, sorted by length"
@@ -65,28 +67,41 @@ PEERS = {TRL: "trl_peer.py", TUNIX: "tunix_peer.py"}
 GROUP = 8  # episodes of a question
 
 
+class Rows(NamedTuple):
+    tokens: int
+    number: int  # in a micro-batch
+    buckets: tuple[int, ...] = ()  # shorter rows that may be used
+
+    @property
+    def settings(self) -> list[str]:
+        return [
+            f"trainer.policy.row_tokens={self.tokens}",
+            f"trainer.policy.rows_per_micro_batch={self.number}",
+            f"trainer.policy.row_buckets=[{','.join(map(str, self.buckets))}]",
+        ]
+
+
 class Work(NamedTuple):
     model: ModelConfig
     episodes: int
     shortest: int
     longest: int
     mean: int
-    row_tokens: int
-    rows: int
-    buckets: tuple[int, ...]  # shorter rows that may be used
+    rows: Rows
+    apart: Rows  # where nothing is shared
     chunk: int
     torch_sizes: tuple[int, ...]  # sequences in a micro-batch of PyTorch; the fastest is used
-    split: bool = False  # whether two devices of one core each are tried too: they hold everything twice
+    split: Rows | None = None  # of two devices of one core each, where they are tried: they hold everything twice
 
 
 WORK = {
     "tiny": Work(
         ModelConfig("qwen2", 1024, 128, 384, 4, 4, 2, 32, tie_word_embeddings=True, attention_bias=True),
-        *(256, 40, 184, 84, 216, 7, (168, 72), 240, (4, 8, 16, 32, 64, 128, 256), True),
+        *(256, 40, 184, 84, Rows(256, 7), Rows(216, 7, (168, 72)), 240, (4, 8, 16, 32, 64, 128, 256), Rows(240, 12)),
     ),
     "small": Work(
         ModelConfig("qwen2", 16384, 768, 2176, 10, 12, 4, 64, tie_word_embeddings=True, attention_bias=True),
-        *(16, 116, 630, 353, 720, 1, (), 312, (1, 2, 4, 8)),
+        *(16, 116, 630, 353, Rows(1104, 1), Rows(720, 1), 312, (1, 2, 4, 8)),
     ),
 }
 
@@ -139,9 +154,7 @@ def learner_update(work: Work, overrides: list[str]) -> Callable[[], tuple[float
             "generator.sampling_params.max_generate_length=1",
             "trainer.policy.optimizer_config.lr=0.0003",
             "trainer.policy.optimizer_config.max_grad_norm=1.0",
-            f"trainer.policy.row_tokens={work.row_tokens}",
-            f"trainer.policy.rows_per_micro_batch={work.rows}",
-            f"trainer.policy.row_buckets=[{','.join(map(str, work.buckets))}]",
+            *work.rows.settings,
             f"trainer.policy.logprob_chunk={work.chunk}",
             "trainer.policy.scan_layers=false",
             "trainer.policy.remat=none",
@@ -210,9 +223,13 @@ def serve(name: str, work: Work, size: int, overrides: list[str]) -> None:
     turns.serve(update)
 
 
-def split(work: Work) -> list[str]:
-    """Settings with which two devices share the rows: XLA then runs small operations on both cores too."""
-    return ["trainer.mesh.data=2", "trainer.mesh.fsdp=1", f"trainer.policy.rows_per_micro_batch={2 * work.rows}"]
+def variants(work: Work) -> dict[str, list[str]]:
+    """Ours, by name, and the settings that tell them apart. Two devices share the rows so that XLA runs small operations on
+    both cores too."""
+    out = {OURS: [], APART: ["trainer.policy.share_prefixes=false", *work.apart.settings]}
+    if work.split:
+        out[SPLIT] = ["trainer.mesh.data=2", "trainer.mesh.fsdp=1", *work.split.settings]
+    return out
 
 
 def contender(name: str, arguments: list[str]) -> turns.Contender:
@@ -261,7 +278,7 @@ def main() -> int:
     parser.add_argument(
         "--tunix", metavar="PYTHON", help="interpreter of an environment with Tunix (see tunix_peer.py)"
     )
-    parser.add_argument("--serve", choices=(OURS, SPLIT, *TORCH, LIMIT), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=(OURS, APART, SPLIT, *TORCH, LIMIT), help=argparse.SUPPRESS)
     parser.add_argument("--size", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("settings", nargs="*", help="key=value settings of the learner to try")
     args = parser.parse_args()
@@ -275,8 +292,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         contenders = {
             name: contender(name, ["--work", args.work, "--size", str(sizes.get(name, 0)), *args.settings, *more])
-            for name, more in ((OURS, ()), (SPLIT, split(work)), *((name, ()) for name in (*TORCH, LIMIT)))
-            if name != SPLIT or work.split
+            for name, more in (variants(work) | {name: [] for name in (*TORCH, LIMIT)}).items()
         }
         peers = {name: python for name, python in ((TRL, args.trl), (TUNIX, args.tunix)) if python}
         for name, python in peers.items():

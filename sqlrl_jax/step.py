@@ -91,9 +91,10 @@ class Program:
         check_rows(policy.row_tokens, policy.rows_per_micro_batch, self.shards, policy.buckets, mesh.shape["sequence"])
         self._objective, self._temperature = objective, temperature
         self.run_length = _RUN_LENGTH if platform_of(mesh) == "cpu" else 1
-        on_tpu = platform_of(mesh) == "tpu"
-        self.shares_prefixes = not on_tpu if policy.share_prefixes is None else policy.share_prefixes
-        self._compute = Compute(policy.compute_dtype, policy.remat, mesh, self.shares_prefixes)
+        platform = platform_of(mesh)
+        self.shares_prefixes = platform != "tpu" if policy.share_prefixes is None else policy.share_prefixes
+        below = policy.row_tokens if platform == "cpu" else None
+        self._compute = Compute(policy.compute_dtype, policy.remat, mesh, below, self.shares_prefixes)
         self.trained, self.frozen = self._declared()
         lora = policy.model.lora
         self._layout = layout_for(

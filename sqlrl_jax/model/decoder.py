@@ -42,6 +42,8 @@ class Compute:
     dtype: str = "float32"
     remat: Literal["none", "attention", "full"] = "none"
     mesh: Mesh | None = None
+    positions_below: int | None = None
+    """Where known, what all positions are less than: see rope_table."""
     shared_rows: bool = True
     """Sequences of a row may share a beginning. Where that is known not to be, TPUs take another kernel."""
 
@@ -66,10 +68,14 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
     return (one - kept) * frequency / factor + kept * frequency
 
 
-def rope_table(config: ModelConfig, positions: Int[Array, "B S"]) -> Rope:
-    """Cosine and sine of every position's angles, float32."""
-    angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(config)
-    return jnp.cos(angles), jnp.sin(angles)
+def rope_table(config: ModelConfig, positions: Int[Array, "B S"], below: int | None = None) -> Rope:
+    """Cosine and sine of every position's angles, float32. If all positions are `below` a number they are looked up in a
+    table of so many: otherwise XLA on a CPU computes them anew wherever a head is turned, a fourteenth of a tiny model's
+    update."""
+    known = positions if below is None else jnp.arange(below)
+    angles = known.astype(jnp.float32)[..., None] * rope_frequencies(config)
+    table = jnp.cos(angles), jnp.sin(angles)
+    return table if below is None else (jnp.take(table[0], positions, axis=0), jnp.take(table[1], positions, axis=0))
 
 
 def apply_rope(x: Float[Array, "B S N h"], rope: Rope) -> Float[Array, "B S N h"]:
@@ -193,7 +199,7 @@ def forward(
 
     whole = constrain(reach, compute.mesh, ("batch", None))  # each device attends over whole rows
     x = embed(params, tokens, compute)
-    x = run_layers(config, params["layers"], x, rope_table(config, positions), attend, compute)
+    x = run_layers(config, params["layers"], x, rope_table(config, positions, compute.positions_below), attend, compute)
     return final_norm(config, params, x)
 
 

@@ -221,7 +221,8 @@ def _forward_local(
         exponent = jnp.exp(shifted)
         target = _slice(how, targets, i)
         chosen = jnp.take_along_axis(shifted, target[..., None], axis=-1, mode="clip")[..., 0]
-        sums = jnp.sum(exponent, axis=-1), jnp.sum(exponent * shifted, axis=-1)
+        weighted = jnp.einsum("gcv,gcv->gc", exponent, shifted)  # on a CPU several times faster than a sum of products
+        sums = jnp.sum(exponent, axis=-1), weighted
         if how.vocab:
             chosen = jnp.where((target >= 0) & (target < logits.shape[-1]), chosen, 0.0)
             *sums, chosen = jax.lax.psum((*sums, chosen), how.vocab)

@@ -72,7 +72,9 @@ def test_rows_that_share_beginnings_compile_for_a_slice(tmp_path):
     how = "trainer.policy.share_prefixes=true", "trainer.mesh.fsdp=2", "trainer.mesh.sequence=2"
     done = check(tmp_path, "--topology", "v5e:2x2", "--json", *how)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout)["compiled"]["attention_kernels"] >= 4 * 3  # forward twice, two backward, of each layer
+    assert (
+        json.loads(done.stdout)["compiled"]["attention_kernels"] >= 4 * 3
+    )  # forward twice, two backward, of each layer
 
 
 def test_a_critic_beside_adapters_is_compiled_and_needs_the_most(tmp_path):

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -110,7 +110,7 @@ def transformers_work(model: Path, count: int, tokens: int) -> Callable[[], int]
         from transformers import AutoModelForCausalLM
     except ImportError:
         return None
-    peer = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32)
+    peer: Any = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32)
     ids = torch.tensor(prompts(count, 32, 0))
 
     def work() -> int:

@@ -81,7 +81,7 @@ class _World:
             group = self.waiting[service].popleft()
             self.free[service] -= 1
             group.oldest = min(group.oldest, self.version)
-            length = float(self.tokens[self.rng.integers(len(self.tokens))])
+            length = float(self.tokens[int(self.rng.integers(len(self.tokens)))])
             self.active += 1
             self.count += 1
             heapq.heappush(self.events, (self.now + length, self.count, service, group))

@@ -52,7 +52,7 @@ MODELS = {
 class WithoutHead(Program):
     """Gradients of the mean of each hidden state, in place of a log-probability."""
 
-    def _outputs(self, params: Params, batch: dict[str, Array]) -> TokenLogprobs:
+    def _outputs(self, params: Params, batch: dict[str, Array], temperature: float | None = None) -> TokenLogprobs:
         value = self._picked(params, batch).mean(-1)
         return TokenLogprobs(value, jnp.zeros_like(value), value > 0)
 
@@ -65,7 +65,7 @@ class WithoutHead(Program):
 class FullLogits(WithoutHead):
     """All logits at one time."""
 
-    def _outputs(self, params: Params, batch: dict[str, Array]) -> TokenLogprobs:
+    def _outputs(self, params: Params, batch: dict[str, Array], temperature: float | None = None) -> TokenLogprobs:
         table = jax.nn.log_softmax(self._picked(params, batch) @ unembedding(params))
         chosen = jnp.take_along_axis(table, batch["targets"][..., None], axis=-1)[..., 0]
         return TokenLogprobs(chosen, -(jnp.exp(table) * table).sum(-1), table.argmax(-1) == batch["targets"])
@@ -99,7 +99,7 @@ def case(args: argparse.Namespace) -> dict[str, float]:
     batch, params = program.abstract_batches(), program.abstract_params()
     gradients, sums = jax.eval_shape(program.zeros, params, {}, batch)
     compiled = program.add.lower(gradients, sums, params, {}, batch, jax.ShapeDtypeStruct((), np.int32)).compile()
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     out = {"held": held / 1e9, "temporary": memory.temp_size_in_bytes / 1e9}
     if not args.run:

@@ -230,6 +230,7 @@ def whole_pushes(folder: Path, rounds: int) -> None:
     print("| TCP copy | CPU | sent, checked | CPU | of TCP | applied too | converted too | pause, of all that |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     me, other = os.getpid(), service.pid
+    assert other is not None
     for number in range(rounds):
         clocks = [cpu_seconds(me, peer.pid)]
         copy = peer.copy()

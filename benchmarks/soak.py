@@ -38,7 +38,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -147,7 +147,7 @@ def reference(path: Path, sql: str) -> tuple[str, bytes | None]:
     return "ok", digest(tuple(column[0] for column in cursor.description), rows)
 
 
-def digest(*parts: object) -> bytes:
+def digest(*parts: Any) -> bytes:
     # Version 2 of the format has no references, which depend on what else holds an object.
     return hashlib.blake2b(marshal.dumps(parts, 2), digest_size=8).digest()
 

@@ -53,9 +53,9 @@ def token_logprobs(
 
     A shard is an equal part of the rows, its places all their tokens in order. The slots are trained tokens, padded at the
     end to a multiple of `chunk`; `count` is how many are used in the fullest shard. Later slots give zeros and take no
-    time. Within a shard the used indices must be distinct. On a mesh the shards are those of the batch over devices.
-    Differentiable in hidden and unembed through logprobs and entropy. `unembed` is used in the dtype of `hidden`; its
-    gradient is summed in float32. float32 results whatever the inputs.
+    time. One place may predict several tokens: the first of each episode that begins alike. On a mesh the shards are those
+    of the batch over devices. Differentiable in hidden and unembed through logprobs and entropy. `unembed` is used in the
+    dtype of `hidden`; its gradient is summed in float32. float32 results whatever the inputs.
     """
     slots = index.shape[1]
     if slots % chunk:

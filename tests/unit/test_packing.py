@@ -140,6 +140,19 @@ def test_a_prompt_is_stored_once_for_the_episodes_of_its_question() -> None:
     assert (alone.stored, alone.tokens, len(alone.micro_batches)) == (27, 27, 3)
 
 
+def test_what_is_sampled_is_stored_for_each_though_it_be_the_same() -> None:
+    """So a row never trains more tokens than it has: equal answers are common late in training."""
+    group = [Trajectory("t", "s", i, [1, 2], [3, 4, 5], [1, 0, 1], [-1.0] * 3, [], 0.0, "", "") for i in range(4)]
+    packed = pack(
+        samples_of(group, [0.0] * 4, "token_mean"),
+        row_tokens=ROW,
+        rows_per_micro_batch=1,
+        slot_multiple=8,
+        share=True,
+    )
+    assert (packed.stored, packed.trained_tokens) == (2 + 4 * 3, 8)
+
+
 @settings(max_examples=50, deadline=None)
 @given(EPISODES, st.sampled_from([(), (8, 4)]))
 def test_per_sample_is_the_inverse(episodes: list[tuple[int, list[int]]], buckets: tuple[int, ...]) -> None:

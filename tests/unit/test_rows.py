@@ -125,6 +125,13 @@ def test_groups_of_a_little_more_than_half_a_row_are_divided(row_tokens: int) ->
     assert len(rows) < 10 * 100 // row_tokens
 
 
+def test_where_joining_costs_a_row_nothing_is_joined() -> None:
+    """Two questions with prompts of one token: together, their answers fill rows worse than one by one."""
+    answers = [(1, n) for n in (7, 9, 17, 10)] + [(2, n) for n in (4, 1, 13, 19)]
+    tokens = [np.array([question, *range(100 * n, 101 * n)]) for question, n in answers]
+    assert len(assign_sharing(trie(tokens, [1] * len(tokens)), 23)) == 4
+
+
 def test_what_a_later_sample_trains_is_not_shared() -> None:
     tokens = [np.array([1, 2, 3, 4]), np.array([1, 2, 3, 5])]
     assert trie(tokens, [2, 2]).common == [0, 2]

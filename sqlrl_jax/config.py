@@ -71,8 +71,8 @@ class PolicyConfig(Section):
     attention where episodes are short, one more program to compile for each."""
     share_prefixes: bool | None = None
     """Compute what several episodes of a row begin with once: a question's prompt, a schema, the turns before in stepwise
-    training. The result is the same to rounding. null: except on TPUs, where it takes this project's own attention kernel in
-    place of splash attention, which was compiled for TPUs but never run on one."""
+    training. The result is the same to rounding. null: everywhere but on TPUs. There true takes this project's own attention
+    kernel, which was compiled for TPUs but never run on one, in place of splash attention."""
     logprob_chunk: int = Field(1024, ge=16)
     """Trained tokens whose logits exist at one time."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -29,6 +29,7 @@ from rollout.supervisor import ServiceProcess  # noqa: E402
 
 NAMES = {0: "synchronous", 1: "one step off"}
 SETTINGS = [
+    "trainer.policy.rows_per_micro_batch=24",
     "trainer.policy_mini_batch_size=32",
     "trainer.policy.optimizer_config.lr=6e-5",
     "trainer.eval_before_train=false",

@@ -26,9 +26,9 @@ from rollout.types import Trajectory
 from sqlrl_jax.config_file import load
 from sqlrl_jax.data.packing import PackedBatch, pack, samples_of
 from sqlrl_jax.data.tasks import read_tasks
-from sqlrl_jax.model.reach_attention import meeting_blocks
+from sqlrl_jax.model.reach_attention import BLOCK, meeting_blocks
 
-SAMPLES, RESPONSES, BLOCK = (5, 8, 16), (300, 1000), 512
+SAMPLES, RESPONSES = (5, 8, 16), (300, 1000)
 
 
 def prompts(devset: Path, tokenizer: Path, count: int) -> list[list[int]]:

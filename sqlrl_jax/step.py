@@ -90,8 +90,8 @@ class Program:
         self.shards = int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))
         check_rows(policy.row_tokens, policy.rows_per_micro_batch, self.shards, policy.buckets, mesh.shape["sequence"])
         self._objective, self._temperature = objective, temperature
-        self.run_length = _RUN_LENGTH if platform_of(mesh) == "cpu" else 1
         platform = platform_of(mesh)
+        self.run_length = _RUN_LENGTH if platform == "cpu" else 1
         self.shares_prefixes = platform != "tpu" if policy.share_prefixes is None else policy.share_prefixes
         below = policy.row_tokens if platform == "cpu" else None
         self._compute = Compute(policy.compute_dtype, policy.remat, mesh, below, self.shares_prefixes)

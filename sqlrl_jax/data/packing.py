@@ -206,12 +206,12 @@ def pack(
                 f"raise it to at least the prompt plus the response (generator.max_input_length + max_generate_length)"
             )
     share = share and rows is None
-    if rows is None:
-        lengths, own = [len(s.tokens) for s in samples], [s.own for s in samples]
-        sequences = trie([s.tokens for s in samples], own) if share else apart(lengths)
-        plan = assign_buckets(sequences, row_tokens, rows_per_micro_batch, buckets)
-    else:
+    if rows is not None:
         plan = [(row_tokens, rows)]
+    else:
+        tokens = [s.tokens for s in samples]
+        sequences = trie(tokens, [s.own for s in samples]) if share else apart([len(t) for t in tokens])
+        plan = assign_buckets(sequences, row_tokens, rows_per_micro_batch, buckets)
     micro_batches, owners, stored = [], [], 0
     for length, of_length in plan:
         count = row_tokens * rows_per_micro_batch // length

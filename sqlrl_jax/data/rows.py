@@ -112,7 +112,8 @@ def assign_sharing(sequences: Trie, row_tokens: int) -> list[Unit]:
 
     Joined units of a little more than half a row would leave the rest of it empty, so halves are tried too, and none.
     """
-    plans = [_from_leaves(sequences, row_tokens, most) for most in (row_tokens, row_tokens // 2, 0)]
+    sizes = (row_tokens, row_tokens // 2, 0) if any(sequences.common) else (0,)
+    plans = [_from_leaves(sequences, row_tokens, most) for most in sizes]
     return min(plans, key=lambda rows: (len(rows), sum(unit.tokens for unit in rows)))
 
 

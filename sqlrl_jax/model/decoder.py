@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from sqlrl_jax.mesh import constrain
 from sqlrl_jax.model.config import ModelConfig
 from sqlrl_jax.model.fsdp import gather_layer, lookup
-from sqlrl_jax.model.kernels import KEPT
+from sqlrl_jax.model.lanes import KEPT
 from sqlrl_jax.model.norm import rms_norm
 from sqlrl_jax.model.params import Params, init_param, nest, param_specs
 from sqlrl_jax.model.product import product

@@ -21,7 +21,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jaxtyping import Array, Float, Int
 
 from sqlrl_jax.model.attention import reach_mask, row_attention
-from sqlrl_jax.model.reach_attention import KEPT, LANES, reach_attention
+from sqlrl_jax.model.lanes import KEPT, LANES, block_length, in_lanes
+from sqlrl_jax.model.reach_attention import reach_attention
 
 # (q, k, v, reach) of whole rows → attended; H is a multiple of KV.
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -44,11 +45,6 @@ def _kept(kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, reach: jax.A
     return checkpoint_name(kernel(q, k, v, reach), KEPT)
 
 
-def _block(length: int, most: int) -> int:
-    """The largest multiple of the lanes up to `most` that divides `length`."""
-    return max(size for size in range(LANES, most + 1, LANES) if length % size == 0)
-
-
 def splash_attention(
     q: Float[Array, "B S H h"],
     k: Float[Array, "B S KV h"],
@@ -59,14 +55,11 @@ def splash_attention(
 ) -> Float[Array, "B S H h"]:
     """Each token attends to itself and to those before it with its reach: its sequence, where no two share a beginning (the
     kernel compares for equality alone). `interpret` runs it without a TPU, slowly."""
-    length, heads, dim = q.shape[1:]
-    padding = -length % LANES
-    if padding:  # the padding sees itself
-        q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
-        reach = jnp.pad(reach, ((0, 0), (0, padding)), constant_values=-1)
-    whole = length + padding
-    queries, keys = _block(whole, _QUERY_BLOCK), _block(whole, _KEY_BLOCK)
-    compute = _block(keys, _QUERY_BLOCK)
+    length = q.shape[1]
+    q, k, v, reach = in_lanes(q, k, v, reach)
+    heads, whole = q.shape[1:3]
+    queries, keys = block_length(whole, _QUERY_BLOCK), block_length(whole, _KEY_BLOCK)
+    compute = block_length(keys, _QUERY_BLOCK)
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([masks.CausalMask((whole, whole))] * heads),
         block_sizes=splash.BlockSizes(
@@ -84,7 +77,6 @@ def splash_attention(
         residual_checkpoint_name=KEPT,
         interpret=interpret,
     )
-    q, k, v = (x.swapaxes(1, 2) for x in (q * jnp.asarray(dim**-0.5, q.dtype), k, v))
     out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(reach, reach))
     return out.swapaxes(1, 2)[:, :length]
 

@@ -24,11 +24,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from sqlrl_jax.model.attention import MASKED
+from sqlrl_jax.model.lanes import KEPT, LANES, block_length, in_lanes
 
-LANES = 128
-_BLOCK = 512
-# What remat "attention" keeps of a layer goes by this name.
-KEPT = "attention"
+BLOCK = 512  # tokens at most
 
 
 class Steps(NamedTuple):
@@ -39,11 +37,6 @@ class Steps(NamedTuple):
     other: Int[Array, " n"]
     counts: Int[Array, " B"]
     longest: Int[Array, ""]
-
-
-def block_length(length: int) -> int:
-    """The largest multiple of the lanes up to 512 that divides `length`."""
-    return max(size for size in range(LANES, _BLOCK + 1, LANES) if length % size == 0)
 
 
 def meeting_blocks(reach: Int[Array, "B S"], block: int) -> tuple[Steps, Steps]:
@@ -79,13 +72,7 @@ def reach_attention(
 ) -> Float[Array, "B S H h"]:
     """Each token attends to itself and to those before it that reach beyond it. `interpret` runs the kernel without a TPU,
     slowly."""
-    length, dim = q.shape[1], q.shape[3]
-    padding = -length % LANES
-    if padding:  # the padding sees itself
-        q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
-        reach = jnp.pad(reach, ((0, 0), (0, padding)), constant_values=length + padding)
-    q, k, v = (x.swapaxes(1, 2) for x in (q * jnp.asarray(dim**-0.5, q.dtype), k, v))
-    return _attention(q, k, v, reach, interpret).swapaxes(1, 2)[:, :length]
+    return _attention(*in_lanes(q, k, v, reach), interpret).swapaxes(1, 2)[:, : q.shape[1]]
 
 
 _Saved = tuple[Array, Array, Array, Array, Array, Array]
@@ -93,7 +80,7 @@ _Saved = tuple[Array, Array, Array, Array, Array, Array]
 
 def _forward(q: Array, k: Array, v: Array, reach: Array, interpret: bool) -> tuple[Array, _Saved]:
     """Heads before tokens: q [B H S h], k and v [B KV S h]. The scores' log-sum-exp is [B H 1 S]."""
-    block = block_length(q.shape[2])
+    block = block_length(q.shape[2], BLOCK)
     by_query, _ = meeting_blocks(reach, block)
     call = _Call(by_query, q.shape, k.shape[1], block, interpret)
     out, lse = call(
@@ -108,7 +95,7 @@ def _forward(q: Array, k: Array, v: Array, reach: Array, interpret: bool) -> tup
 
 def _backward(interpret: bool, saved: _Saved, gradient: Array) -> tuple[Array, Array, Array, None]:
     q, k, v, reach, out, lse = saved
-    block, dim = block_length(q.shape[2]), q.shape[3]
+    block, dim = block_length(q.shape[2], BLOCK), q.shape[3]
     along = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)[:, :, None]
     inputs = [("q", q), ("k", k), ("v", v), ("reach", reach[:, None]), ("q", gradient), ("row", lse), ("row", along)]
     by_query, by_key = meeting_blocks(reach, block)
@@ -161,7 +148,7 @@ class _Call(NamedTuple):
         grid = (batch, self.kv_heads, self.steps.longest, groups) if self.by_key else (batch, heads, self.steps.longest)
         semantics = [pltpu.PARALLEL] * 2 + [pltpu.ARBITRARY] * (len(grid) - 2)
         return pl.pallas_call(
-            partial(kernel, self.most, self.block),
+            lambda own, other, counts, *refs: kernel(_here(self.most, self.block, own, other, counts), *refs),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=3,
                 grid=grid,
@@ -192,13 +179,24 @@ class _Call(NamedTuple):
         return pl.BlockSpec(sizes.get(kind, (None, None, self.block, dim)), place)
 
 
-def _here(most: int, own: Any, other: Any, counts: Any) -> tuple[Array, Array, Array, Array, Array]:
-    """Of this step: its two blocks, whether it is the first and the last of its own block, and whether there is one."""
+class _Here(NamedTuple):
+    """The present step: where its two blocks begin in the row, whether it is the first and the last of its own block, and
+    whether there is a step: other rows may have more."""
+
+    own: Array
+    other: Array
+    first: Array
+    last: Array
+    live: Array
+
+
+def _here(most: int, block: int, own: Any, other: Any, counts: Any) -> _Here:
     n, b = pl.program_id(2), pl.program_id(0)
     at, end = b * most + n, counts[b]
     first = (n == 0) | (own[at] != own[at - jnp.minimum(n, 1)])
     last = (n == end - 1) | (own[at] != own[at + jnp.where(n < most - 1, 1, 0)])
-    return own[at], other[at], first & (n < end), last & (n < end), n < end
+    live = n < end
+    return _Here(own[at] * block, other[at] * block, first & live, last & live, live)
 
 
 def _times(a: Array, b: Array, axes: tuple[int, int]) -> Array:
@@ -211,20 +209,16 @@ def _column(row: Array) -> Array:
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T
 
 
-def _scores(q: Array, k: Array, reach: Array, queries: Array, keys: Array) -> Array:
-    """[queries, keys]: of what a query does not see MASKED; `queries` and `keys` are the blocks' first places."""
-    scores = _times(q, k, (1, 1))
-    query = queries + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
-    key = keys + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+def _masked(scores: Array, queries: Array, keys: Array, reach: Array, axis: int) -> Array:
+    """Scores, MASKED where a query does not see a key. The queries lie along `axis`, the keys and their reaches along the
+    other; `queries` and `keys` are their first places."""
+    query = queries + jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis)
+    key = keys + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1 - axis)
     return jnp.where((query >= key) & (query < reach), scores, MASKED)
 
 
 def _forward_kernel(
-    most: int,
-    block: int,
-    own: Any,
-    other: Any,
-    counts: Any,
+    here: _Here,
     q: Any,
     k: Any,
     v: Any,
@@ -235,17 +229,15 @@ def _forward_kernel(
     largest: Any,
     total: Any,
 ) -> None:
-    queries, keys, first, last, live = _here(most, own, other, counts)
-
-    @pl.when(first)
+    @pl.when(here.first)
     def _() -> None:
         summed[...] = jnp.zeros_like(summed)
         total[...] = jnp.zeros_like(total)
         largest[...] = jnp.full_like(largest, MASKED)
 
-    @pl.when(live)
+    @pl.when(here.live)
     def _() -> None:
-        scores = _scores(q[...], k[...], reach[...], queries * block, keys * block)
+        scores = _masked(_times(q[...], k[...], (1, 1)), here.own, here.other, reach[...], 0)
         before = largest[...]
         largest[...] = jnp.maximum(before, scores.max(axis=1, keepdims=True))
         kept = jnp.exp(before - largest[...])
@@ -253,18 +245,14 @@ def _forward_kernel(
         total[...] = total[...] * kept + weights.sum(axis=1, keepdims=True)
         summed[...] = summed[...] * kept[:, :1] + _times(weights.astype(v.dtype), v[...], (1, 0))
 
-    @pl.when(last)
+    @pl.when(here.last)
     def _() -> None:
         out[...] = (summed[...] / total[:, :1]).astype(out.dtype)
         lse[...] = (largest[...] + jnp.log(total[...])).T[:1]
 
 
 def _to_queries_kernel(
-    most: int,
-    block: int,
-    own: Any,
-    other: Any,
-    counts: Any,
+    here: _Here,
     q: Any,
     k: Any,
     v: Any,
@@ -278,32 +266,27 @@ def _to_queries_kernel(
     along_column: Any,
 ) -> None:
     """The gradient of the scores is w (g v^T - g · out) with the weights w = exp(score - lse); `along` is g · out."""
-    queries, keys, first, last, live = _here(most, own, other, counts)
 
-    @pl.when(first)
+    @pl.when(here.first)
     def _() -> None:
         summed[...] = jnp.zeros_like(summed)
         lse_column[...] = _column(lse[...])
         along_column[...] = _column(along[...])
 
-    @pl.when(live)
+    @pl.when(here.live)
     def _() -> None:
-        scores = _scores(q[...], k[...], reach[...], queries * block, keys * block)
+        scores = _masked(_times(q[...], k[...], (1, 1)), here.own, here.other, reach[...], 0)
         weights = jnp.exp(scores - lse_column[:, :1])
         to_scores = weights * (_times(gradient[...], v[...], (1, 1)) - along_column[:, :1])
         summed[...] += _times(to_scores.astype(k.dtype), k[...], (1, 0))
 
-    @pl.when(last)
+    @pl.when(here.last)
     def _() -> None:
         to_q[...] = summed[...].astype(to_q.dtype)
 
 
 def _to_keys_kernel(
-    most: int,
-    block: int,
-    own: Any,
-    other: Any,
-    counts: Any,
+    here: _Here,
     q: Any,
     k: Any,
     v: Any,
@@ -318,27 +301,23 @@ def _to_keys_kernel(
     reach_column: Any,
 ) -> None:
     """As above with keys down and queries across, so that the statistics lie across."""
-    keys, queries, first, last, live = _here(most, own, other, counts)
     group, groups = pl.program_id(3), pl.num_programs(3)
 
-    @pl.when(first & (group == 0))
+    @pl.when(here.first & (group == 0))
     def _() -> None:
         summed_k[...] = jnp.zeros_like(summed_k)
         summed_v[...] = jnp.zeros_like(summed_v)
         reach_column[...] = _column(reach[...].astype(jnp.float32))  # exact to 2^24
 
-    @pl.when(live)
+    @pl.when(here.live)
     def _() -> None:
-        scores = _times(k[...], q[...], (1, 1))
-        key = keys * block + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
-        query = queries * block + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-        seen = (query >= key) & (query.astype(jnp.float32) < reach_column[:, :1])
-        weights = jnp.where(seen, jnp.exp(scores - lse[...]), 0.0)
+        scores = _masked(_times(k[...], q[...], (1, 1)), here.other, here.own, reach_column[:, :1], 1)
+        weights = jnp.exp(scores - lse[...])
         summed_v[...] += _times(weights.astype(gradient.dtype), gradient[...], (1, 0))
         to_scores = weights * (_times(v[...], gradient[...], (1, 1)) - along[...])
         summed_k[...] += _times(to_scores.astype(q.dtype), q[...], (1, 0))
 
-    @pl.when(last & (group == groups - 1))
+    @pl.when(here.last & (group == groups - 1))
     def _() -> None:
         to_k[...] = summed_k[...].astype(to_k.dtype)
         to_v[...] = summed_v[...].astype(to_v.dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -119,10 +118,8 @@ def test_a_question_too_large_for_a_row_repeats_its_prompt_in_few() -> None:
     assert sorted(row.tokens for row in rows) == [100] * 4
 
 
-@pytest.mark.parametrize("row_tokens", [100, 150])
-def test_groups_of_a_little_more_than_half_a_row_are_divided(row_tokens: int) -> None:
-    rows = assign_sharing(questions(10, [10] * 6, 10), row_tokens)  # 70 tokens a question
-    assert len(rows) < 10 * 100 // row_tokens
+def test_groups_of_a_little_more_than_half_a_row_are_divided() -> None:
+    assert len(assign_sharing(questions(10, [10] * 6, 10), 100)) < 10  # 70 tokens a question: whole, each takes a row
 
 
 def test_where_joining_costs_a_row_nothing_is_joined() -> None:

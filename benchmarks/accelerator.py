@@ -22,21 +22,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import jax.numpy as jnp
+from update import Rows, Work, least_flops, make_advantages, make_episodes
+
+from sqlrl_jax.check import PUBLISHED
+from sqlrl_jax.config_file import load
+from sqlrl_jax.data.packing import samples_of
+from sqlrl_jax.learner import Learner
+from sqlrl_jax.mesh import make_mesh
+from sqlrl_jax.model.config import ModelConfig
+from sqlrl_jax.model.decoder import init_params
+from sqlrl_jax.model.hf import to_hf_tensors
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from update import Rows, Work, least_flops, make_advantages, make_episodes  # noqa: E402
-
-from sqlrl_jax.check import PUBLISHED  # noqa: E402
-from sqlrl_jax.config_file import load  # noqa: E402
-from sqlrl_jax.data.packing import samples_of  # noqa: E402
-from sqlrl_jax.learner import Learner  # noqa: E402
-from sqlrl_jax.mesh import make_mesh  # noqa: E402
-from sqlrl_jax.model.config import ModelConfig  # noqa: E402
-from sqlrl_jax.model.decoder import init_params  # noqa: E402
-from sqlrl_jax.model.hf import to_hf_tensors  # noqa: E402
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v5p": 459e12, "TPU v5 lite": 197e12, "TPU v6": 918e12}
 ROW = 8192

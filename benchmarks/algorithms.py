@@ -30,10 +30,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from algorithm_figures import ADVANTAGES, write_figures  # noqa: E402
+from algorithm_figures import ADVANTAGES, write_figures
+
+ROOT = Path(__file__).resolve().parents[1]
 
 CONFIG = "configs/quickstart.yaml"
 COMMON = (

@@ -22,10 +22,11 @@ from typing import Any
 
 from idle_simulation import Cluster, simulate
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rollout.supervisor import ServiceProcess  # noqa: E402
+from rollout.supervisor import ServiceProcess
+
+ROOT = Path(__file__).resolve().parents[1]
 
 NAMES = {0: "synchronous", 1: "one step off"}
 SETTINGS = [

@@ -22,23 +22,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from sqlrl_jax.config_file import load
+from sqlrl_jax.learner import objective_of
+from sqlrl_jax.mesh import make_mesh
+from sqlrl_jax.model.config import ModelConfig
+from sqlrl_jax.model.decoder import forward, unembedding
+from sqlrl_jax.model.params import Params
+from sqlrl_jax.rl.logprobs import TokenLogprobs
+from sqlrl_jax.rl.losses import load_policy_loss
+from sqlrl_jax.step import Program
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT)]
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from jaxtyping import Array  # noqa: E402
-
-from sqlrl_jax.config_file import load  # noqa: E402
-from sqlrl_jax.learner import objective_of  # noqa: E402
-from sqlrl_jax.mesh import make_mesh  # noqa: E402
-from sqlrl_jax.model.config import ModelConfig  # noqa: E402
-from sqlrl_jax.model.decoder import forward, unembedding  # noqa: E402
-from sqlrl_jax.model.params import Params  # noqa: E402
-from sqlrl_jax.rl.logprobs import TokenLogprobs  # noqa: E402
-from sqlrl_jax.rl.losses import load_policy_loss  # noqa: E402
-from sqlrl_jax.step import Program  # noqa: E402
 
 VOCABULARY, ROW = 151_936, 512
 _qwen2 = partial(ModelConfig, "qwen2", attention_bias=True, tie_word_embeddings=True)

@@ -40,14 +40,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from attacks import ATTACKS, databases
+
+from rollout.errors import InfrastructureError
+from rollout.sql import Executor, Result, clock
+from rollout.sql.engines import MAX_RESULT_ROWS
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from attacks import ATTACKS, databases  # noqa: E402
-
-from rollout.errors import InfrastructureError  # noqa: E402
-from rollout.sql import Executor, Result, clock  # noqa: E402
-from rollout.sql.engines import MAX_RESULT_ROWS  # noqa: E402
 
 MAX_VM_STEPS = 1_000_000
 CPU_SECONDS = 2.0

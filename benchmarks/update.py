@@ -31,25 +31,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import turns
+from safetensors.numpy import save_file
+
+from rollout.types import Trajectory
+from sqlrl_jax.allocator import keep_freed_memory
+from sqlrl_jax.config_file import load
+from sqlrl_jax.data.packing import samples_of
+from sqlrl_jax.learner import Learner
+from sqlrl_jax.mesh import make_mesh
+from sqlrl_jax.model.config import ModelConfig
+from sqlrl_jax.model.decoder import init_params
+from sqlrl_jax.model.hf import to_hf_tensors
+from sqlrl_jax.model.params import param_specs, parameter_count
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import turns  # noqa: E402
-from safetensors.numpy import save_file  # noqa: E402
-
-from rollout.types import Trajectory  # noqa: E402
-from sqlrl_jax.allocator import keep_freed_memory  # noqa: E402
-from sqlrl_jax.config_file import load  # noqa: E402
-from sqlrl_jax.data.packing import samples_of  # noqa: E402
-from sqlrl_jax.learner import Learner  # noqa: E402
-from sqlrl_jax.mesh import make_mesh  # noqa: E402
-from sqlrl_jax.model.config import ModelConfig  # noqa: E402
-from sqlrl_jax.model.decoder import init_params  # noqa: E402
-from sqlrl_jax.model.hf import to_hf_tensors  # noqa: E402
-from sqlrl_jax.model.params import param_specs, parameter_count  # noqa: E402
 
 OURS = "sqlrl_jax"
 APART = "sqlrl_jax, nothing shared"
